@@ -1,0 +1,468 @@
+"""
+The hybrid engine (paper section 3.4): one answer, one KV cache, switching by itself between serial and parallel.
+
+    prefill -> serial text ->  titles -> prefixes -> all branches, a token each a pass -> serial text -> ... -> end
+               ^ a token a pass          ^ one pass  ^ until the longest branch ends
+
+The n-th token fed takes slot n of the cache, and is fed exactly once. owner[slot] says which live branch a slot belongs
+to; when the block ends its slots become everybody's. Nothing is moved, copied or computed again.
+
+    python decode.py --prompt "Tell me about Mars and Venus."
+    python decode.py --prompts FILE.jsonl --json answers.json --temperature 0.7
+
+    from decode import load, generate
+    answer = generate(load("out"), "Tell me about Mars and Venus.")
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aspd import is_block, plain, position_ids
+from data import Tokenizer, cli, published_tokenizer, read_prompts, write_whole
+from model import GPT, KVCache, from_checkpoint, from_published, read_checkpoint
+
+MODES = ("adaptive", "branchwise", "serial")
+TITLE_CAP = 32   # tokens of a title at most
+MIN_BRANCH = 8   # tokens that every branch can count on after its title
+MAX_BRANCHES = 16
+
+
+# -----------------------------------------------------------------------------
+# grammar: which tokens may come next. One row of a table a state, so that a compiled step can look it up.
+
+TEXT_ONLY, SERIAL, TITLE_START, TITLE, AFTER_TITLE, BRANCH = range(6)
+
+
+def grammar(tokenizer, vocab_size, device):
+    """(6, V) bool: the ids allowed in each state. Ids without a token are allowed nowhere."""
+    allow = torch.zeros(6, vocab_size, dtype=torch.bool)
+    allow[[TEXT_ONLY, SERIAL, TITLE_START, TITLE, BRANCH], torch.tensor(sorted(tokenizer.bytes))[:, None]] = True
+    allow[TEXT_ONLY, tokenizer.eos] = True
+    if tags := tokenizer.special:
+        allow[SERIAL, [tags.eos, tags.title]] = True
+        allow[TITLE, tags.title_end] = True
+        allow[AFTER_TITLE, [tags.title, tags.para]] = True
+        allow[BRANCH, [tags.eos, tags.branch_end]] = True  # end-of-text in a branch only ends the branch
+    return allow.to(device)
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """
+    One token a row by the inverse CDF: logits (L, V), u (L,) uniform in [0, 1) -> (L,). temperature 0 is greedy.
+    The randomness comes in as a number, so the same branch draws the same token in whatever order branches are decoded.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    values, indices = torch.topk(logits / temperature, k)  # sorted, best first
+    p = values.softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0) if top_p < 1 else p  # the fewest tokens that reach top_p
+    cdf = p.cumsum(-1)
+    chosen = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)
+    return indices.gather(-1, chosen)[:, 0]
+
+
+def forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling):
+    """
+    The one step of all modes. feed: (6, W) int64, rows token, position, slot, branch, pick, state; the first `lanes`
+    columns of the last two say which of the W tokens to continue and in which grammar state. uniform: (branches,
+    positions). Returns the chosen tokens (lanes,) and their logits (lanes, V) before the grammar.
+    """
+    token, position, slot, branch, pick, state = feed
+    pick, state = pick[:lanes], state[:lanes]
+    cache.owner[slot] = branch
+    mask = cache.mask(slot, branch, seen)
+    logits = model(token[None], position[None], mask, cache, slot, pick)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    allowed = logits.masked_fill(~allow[state], -torch.inf)
+    return sample(allowed, uniform[branch[pick], position[pick]], *sampling), logits
+
+
+# -----------------------------------------------------------------------------
+# a loaded model, and the engine that decodes one answer with it
+
+@dataclass
+class LM:
+    """A model ready to decode: weights, tokenizer, device and the (perhaps compiled) step."""
+    model: GPT
+    tokenizer: Tokenizer
+    allow: torch.Tensor       # grammar(), (6, V)
+    compiled: bool = False
+    step: callable = forward_pass
+    cache: KVCache = None     # kept from answer to answer, grown when an answer needs more
+
+    @property
+    def device(self):
+        return self.allow.device
+
+    def reserve(self, slots):
+        """An empty cache of at least so many slots."""
+        slots = bucket(slots, 256)
+        if self.cache is None or self.cache.slots < slots:
+            self.cache = KVCache(self.model.config, slots, self.model.wte.weight.dtype, self.device)
+        self.cache.owner.zero_()
+        return self.cache
+
+
+def load(path="out", device="cpu", dtype=None, compile=False):
+    """
+    An LM from a train.py folder or a published Llama/Qwen2 folder. dtype: "float32", "bfloat16" or "float64"; by
+    default bfloat16 on CUDA, else float32. ValueError when there is no usable checkpoint.
+    """
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: CUDA is not available")
+    dtype = getattr(torch, dtype or ("bfloat16" if str(device).startswith("cuda") else "float32"))
+    if Path(path, "config.json").exists():
+        model, (tokenizer, _) = from_published(path), published_tokenizer(path)
+    else:
+        state = read_checkpoint(path)
+        model, tokenizer = from_checkpoint(state), Tokenizer.load(state["tokenizer"])
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    lm = LM(model, tokenizer, grammar(tokenizer, model.config.vocab_size, device), compile)
+    if compile:
+        lm.step = torch.compile(forward_pass, fullgraph=True, mode="reduce-overhead" if lm.device.type == "cuda" else None)
+    return lm
+
+
+def bucket(n, least=1):
+    """The next power of two that is at least n, and at least `least`: few shapes, so few compilations."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@dataclass
+class Answer:
+    """What generate() returns."""
+    prompt: str
+    text: str         # the plain answer
+    mode: str
+    tokens: int       # plain-answer tokens: no tags, no repeated titles
+    steps: int        # forward passes after prefill
+    seconds: float    # wall-clock, prefill included
+    ttft: float       # seconds to the first token
+    blocks: list      # for each block, the tokens of each branch, tags aside
+    finish: str       # "stop", or "length" when the budget or the context cut anything
+    segments: list    # tokenised, as aspd.layout takes them
+
+
+@dataclass
+class Lane:
+    """A live branch: the token chosen for it but not fed yet, and that token's position."""
+    branch: int
+    rest: list        # its tokens after the title so far
+    position: int
+    token: int
+
+
+class Engine:
+    """The state of one answer being decoded. Its methods follow the states of the picture above."""
+
+    def __init__(self, lm, prompt, mode, max_new_tokens, sampling, seed, max_branches, watch):
+        self.lm, self.mode, self.sampling, self.max_branches, self.watch = lm, mode, sampling, max_branches, watch
+        self.tags, self.config = lm.tokenizer.special, lm.model.config
+        self.budget = min(max_new_tokens, self.config.block_size - len(prompt))  # row tokens that may still be fed
+        self.cache = lm.reserve(len(prompt) + self.budget)
+        self.slot = 0                             # tokens fed so far, so also the next slot
+        self.position = 0                         # of the next serial token
+        self.row = np.zeros((2, 0), dtype=int)    # block and branch of the row so far, in the layout's order
+        self.segments, self.in_block = [[]], False
+        self.cut = False                          # whether the budget or the context cut anything
+        self.steps = -1                           # prefill is no step
+        self.uniform = torch.zeros(1, 1, device=lm.device).expand(MAX_BRANCHES + 1, self.config.block_size)
+        if sampling[0] > 0:  # drawn ahead: one number a branch and position
+            draw = torch.Generator().manual_seed(seed)
+            self.uniform = torch.rand(self.uniform.shape, generator=draw, dtype=torch.float64).to(lm.device)
+
+    def run(self, prompt):
+        """Prefill, then serial text and blocks until end-of-text or until nothing is left."""
+        T = len(prompt)
+        self.row = np.zeros((2, T), dtype=int)
+        self.position = T
+        token, = self.feed(prompt, range(T), [0] * T, [T - 1], [self.serial_state()])
+        self.ttft = time.perf_counter()
+        while token != self.lm.tokenizer.eos:
+            if self.left() < 1:
+                self.cut = True
+                break
+            if self.tags and token == self.tags.title:
+                token = self.block()
+            else:
+                self.segments[-1].append(token)
+                token = self.serial(token)
+
+    def feed(self, tokens, positions, branches, pick, states):
+        """One pass: feeds W tokens at the next W slots; returns the tokens chosen after those at `pick`."""
+        W, L, seen = len(tokens), len(pick), self.slot + len(tokens)
+        if self.lm.compiled:  # a few static shapes
+            width = bucket(W) if W <= MAX_BRANCHES else bucket(W, 64)
+            lanes, seen = min(width, MAX_BRANCHES), bucket(seen, 256)
+        else:
+            width, lanes, seen = W, L, min(-(-seen // 64) * 64, self.cache.slots)
+        feed = np.zeros((6, width), dtype=np.int64)
+        feed[2:4, W:] = [[self.cache.slots], [-1]]  # padding writes to the reserved slot, as a branch that nobody is
+        feed[:4, :W] = tokens, positions, range(self.slot, self.slot + W), branches
+        feed[4:, :L] = pick, states
+        feed = torch.from_numpy(feed).to(self.lm.device)
+        chosen, _ = self.lm.step(self.lm.model, self.cache, self.lm.allow, self.uniform, feed, seen, lanes, self.sampling)
+        self.slot += W
+        self.steps += 1
+        return chosen[:L].tolist()  # the one synchronisation of a pass
+
+    def left(self):
+        """How many serial tokens the budget and the context still hold."""
+        return min(self.budget, self.config.block_size - self.position)
+
+    def serial(self, token, state=None):
+        """Feeds one serial token; returns the next, chosen in the given grammar state (by default: serial text)."""
+        self.budget -= 1
+        self.position += 1
+        self.row = np.pad(self.row, ((0, 0), (0, 1)))
+        state = self.serial_state() if state is None else state
+        token, = self.feed([token], [self.position - 1], [0], [0], [state])
+        if self.watch:
+            self.watch(self)
+        return token
+
+    def serial_state(self):
+        """Serial text, with or without the choice to open a block."""
+        return SERIAL if self.mode != "serial" and self.room([]) else TEXT_ONLY
+
+    def room(self, titles):
+        """Whether one more title may start (the first: two): every branch must still get MIN_BRANCH tokens after it."""
+        new = 1 if titles else 2
+        prefixes = [1 + len(t) for t in titles] + [1 + TITLE_CAP] * new
+        n, serial = len(prefixes), new * (TITLE_CAP + 2) + 2  # titles with their tags, <|para|> and <|/para|>
+        fits = n <= self.max_branches and self.budget >= serial + sum(prefixes) + n * (MIN_BRANCH + 1)
+        if self.config.positions == "stride":  # positions run ahead of the row, and a branch must fit its stride
+            fits &= self.position + serial + n * self.config.stride <= self.config.block_size
+            fits &= self.config.stride >= 1 + TITLE_CAP + MIN_BRANCH + 1
+        return fits
+
+    def block(self):
+        """Titles, then branches. Returns the first serial token after the block."""
+        block, token, self.in_block = [], self.tags.title, True
+        self.segments += [block, []]
+        while token == self.tags.title:
+            title = []
+            block.append((title, []))
+            token = self.serial(self.tags.title, TITLE_START)
+            while token != self.tags.title_end:
+                title.append(token)
+                token = self.serial(token, TITLE)
+                if len(title) == TITLE_CAP:
+                    token = self.tags.title_end
+            token = self.serial(self.tags.title_end, AFTER_TITLE)
+            if len(block) == 1:
+                token = self.tags.title
+            elif token == self.tags.title and not self.room([t for t, _ in block]):
+                self.cut |= len(block) < self.max_branches
+                token = self.tags.para
+        self.branches(block)
+        self.in_block = False
+        return self.serial(self.tags.para_end)
+
+    def branches(self, block):
+        """Feeds <|para|> with all prefixes in one pass, then one token of every live branch a pass."""
+        n, tags = len(block), self.tags
+        prefixes = [[tags.branch] + title for title, _ in block]
+        sizes = [len(p) for p in prefixes]
+        quota = (self.budget - 2 - sum(sizes)) // n - 1  # tokens a branch, less <|para|>, <|/para|> and <|/branch|>
+        if self.config.positions == "stride":
+            quota = min(quota, self.config.stride - max(sizes) - 1)
+        self.row = np.pad(self.row, ((0, 0), (0, 1)))
+        positions = [self.position, *self.lay(sizes)[1][:-1]]
+        ends = np.cumsum(sizes)  # where in this pass each prefix ends
+        following = self.feed([tags.para] + sum(prefixes, []), positions, np.repeat(range(n + 1), [1] + sizes), ends,
+                              [BRANCH] * n)
+        lanes = [Lane(i + 1, block[i][1], positions[ends[i]] + 1, following[i]) for i in range(n)]
+        for live in [lanes] if self.mode == "adaptive" else [[lane] for lane in lanes]:
+            while live:
+                live = self.parallel(live, quota)
+        self.cache.owner.zero_()  # the block's slots become shared
+        sizes = [size + len(rest) + 1 for size, (_, rest) in zip(sizes, block)]
+        self.row, positions = self.lay(sizes)
+        self.position = positions[-1]
+        self.budget -= 1 + sum(sizes)
+
+    def lay(self, sizes):
+        """The row with a block of branches of these sizes behind it, and the positions from the block on, plus one."""
+        number = self.row[0].max(initial=0) + 1
+        branch = np.repeat(range(1, len(sizes) + 1), sizes)
+        row = np.concatenate((self.row, [np.full_like(branch, number), branch]), axis=1)
+        positions = position_ids(*np.pad(row, ((0, 0), (0, 1))), self.config.positions, self.config.stride)
+        return row, positions[self.row.shape[1]:].tolist()
+
+    def parallel(self, live, quota):
+        """One pass over the live branches. Returns those that go on."""
+        end = self.tags.branch_end
+        for lane in live:
+            over = len(lane.rest) == quota and lane.token not in (end, self.tags.eos)
+            self.cut |= over
+            if over or lane.token == self.tags.eos:
+                lane.token = end
+        fed = [lane.token for lane in live]
+        chosen = self.feed(fed, [lane.position for lane in live], [lane.branch for lane in live], range(len(live)),
+                           [BRANCH] * len(live))
+        for lane, token in zip(live, chosen):
+            if lane.token != end:
+                lane.rest.append(lane.token)
+            lane.token, lane.position = token, lane.position + 1
+        if self.watch:
+            self.watch(self)
+        return [lane for lane, token in zip(live, fed) if token != end]
+
+
+@torch.no_grad()
+def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+             max_branches=MAX_BRANCHES, watch=None):
+    """
+    Decodes one answer to a prompt (str, put into the model's chat form) -> Answer.
+    mode: "adaptive" (the engine), "branchwise" (the same, branches one after the other) or "serial" (no blocks); by
+    default adaptive where the checkpoint has tags. max_new_tokens counts row tokens. temperature 0 is greedy, top_k 0
+    and top_p 1 are off. watch: called with the Engine after every pass. ValueError for arguments out of range.
+    """
+    mode = mode or ("adaptive" if lm.tokenizer.special else "serial")
+    ids = lm.tokenizer.prompt(prompt, system)
+    for bad, message in [
+        (mode not in MODES, f"unknown mode {mode!r}, expected one of {', '.join(MODES)}"),
+        (mode != "serial" and not lm.tokenizer.special, f"a checkpoint without tags cannot decode in mode {mode!r}"),
+        (not prompt.strip(), "the prompt is empty"),
+        (len(ids) >= lm.model.config.block_size,
+         f"the prompt has {len(ids)} tokens, the context is {lm.model.config.block_size}"),
+        (max_new_tokens < 1, f"max-new-tokens must be at least 1, not {max_new_tokens}"),
+        (not 0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}"),
+        (top_k < 0, f"top-k must be 0 (off) or more, not {top_k}"),
+        (not 0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}"),
+        (not 2 <= max_branches <= MAX_BRANCHES, f"max-branches must be 2 to {MAX_BRANCHES}, not {max_branches}"),
+    ]:
+        if bad:
+            raise ValueError(message)
+    start = time.perf_counter()
+    engine = Engine(lm, ids, mode, max_new_tokens, (temperature, top_k, top_p), seed, max_branches, watch)
+    engine.run(ids)
+    seconds, segments = time.perf_counter() - start, [s for s in engine.segments if s]
+    blocks = [[len(title + rest) for title, rest in s] for s in segments if is_block(s)]
+    text = lm.tokenizer.decode(plain(segments))
+    return Answer(prompt, text, mode, len(plain(segments)), engine.steps, seconds, engine.ttft - start, blocks,
+                  "length" if engine.cut else "stop", segments)
+
+
+# -----------------------------------------------------------------------------
+# the live view
+
+class View:
+    """
+    Shows an answer on a terminal as it grows: serial text as it comes; while a block is being written, a line a branch;
+    when the block ends its lines give way to the plain text.
+    """
+
+    def __init__(self, lm, out):
+        self.lm, self.out, self.text, self.lines, self.shown = lm, out, "", 0, 0.0
+        self.colour = "NO_COLOR" not in os.environ
+
+    def __call__(self, engine):
+        now = time.perf_counter()
+        if now - self.shown < 0.05:
+            return
+        self.shown = now
+        block = engine.segments[-2] if engine.in_block else []
+        done = self.lm.tokenizer.decode(plain(engine.segments[:-2] if block else engine.segments))
+        self.write(done.rstrip("\ufffd"))  # perhaps half a character
+        columns, rows = shutil.get_terminal_size()
+        drawn = [self.line(i, title, rest, columns) for i, (title, rest) in enumerate(block)][:max(rows - 3, 1)]
+        self.out.write("".join("\n" + line for line in drawn))
+        self.lines = len(drawn)
+        self.out.flush()
+
+    def write(self, text):
+        """Takes the branch lines away and writes what is new of the plain text."""
+        if self.lines:
+            column = width(self.text.rpartition("\n")[2]) % shutil.get_terminal_size().columns
+            self.out.write(f"\x1b[{self.lines}A\x1b[{column + 1}G\x1b[J")
+            self.lines = 0
+        self.out.write(text[len(self.text):])
+        self.out.flush()
+        self.text = text
+
+    def line(self, i, title, rest, columns):
+        """A branch in one line: its title, and as much of its end as fits."""
+        head, text = (" ".join(self.lm.tokenizer.decode(ids).split()) for ids in (title, rest))
+        head, text = clip(head, columns // 2), clip(text[::-1], columns - 6 - width(clip(head, columns // 2)))[::-1]
+        return f"\x1b[{31 + i % 6}m|\x1b[0m {head} {text}" if self.colour else f"| {head} {text}"
+
+
+def width(text):
+    """Columns that a text takes in a terminal."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def clip(text, columns):
+    """As much of the start of a text as fits."""
+    while text and width(text) > columns:
+        text = text[:min(len(text) - 1, columns)]
+    return text
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+def parse_args():
+    p = argparse.ArgumentParser(description="Decodes answers with a model that train.py made.")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one prompt")
+    what.add_argument("--prompts", metavar="FILE", help='many: JSON Lines of {"prompt", "category"}')
+    p.add_argument("--ckpt", default="out", help="train.py's --out-dir, or a published Llama/Qwen2 folder (%(default)s)")
+    p.add_argument("--mode", choices=MODES, help="default: adaptive where the checkpoint has tags, else serial")
+    p.add_argument("--system", help="system text; default: the model's own")
+    p.add_argument("--max-new-tokens", type=int, default=512, help="tokens after the prompt, tags included (%(default)s)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
+    p.add_argument("--top-k", type=int, default=0, help="sample from the k best tokens; 0 = all (%(default)s)")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the best tokens that reach p (%(default)s)")
+    p.add_argument("--max-branches", type=int, default=MAX_BRANCHES, help="branches of a block at most (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="default: bfloat16 on CUDA, else float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
+    p.add_argument("--json", metavar="FILE", help="also write the answers with their figures here")
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    prompts = read_prompts(args.prompts) if args.prompts is not None else [{"prompt": args.prompt}]
+    lm = load(args.ckpt, args.device, args.dtype, args.compile)
+    names = ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "max_branches")
+    options = {name: getattr(args, name) for name in names}
+    results = []
+    for n, record in enumerate(prompts):
+        if args.prompts is not None:
+            print(f"\n[{n + 1}/{len(prompts)}] {record['prompt']}\n", file=sys.stderr)
+        view = View(lm, sys.stdout) if sys.stdout.isatty() else None
+        try:
+            answer = generate(lm, record["prompt"], watch=view, **options)
+        except KeyboardInterrupt:
+            if view:
+                view.write(view.text + "\n")
+            raise
+        view.write(answer.text) if view else sys.stdout.write(answer.text)
+        print(flush=True)
+        print(f"\n{answer.tokens} tokens in {answer.steps} steps ({answer.tokens / max(answer.steps, 1):.2f}x), branches "
+              f"{[len(b) for b in answer.blocks]}, {answer.tokens / answer.seconds:.0f} tokens/s, first after "
+              f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}", file=sys.stderr)
+        results.append({"category": record.get("category"), **asdict(answer)})
+    if args.json:
+        for r in results:
+            del r["segments"]
+        write_whole(args.json, [json.dumps({"results": results}, ensure_ascii=False, indent=1)])
+
+
+if __name__ == "__main__":
+    cli(main)
