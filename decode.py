@@ -20,15 +20,16 @@ import shutil
 import sys
 import time
 import unicodedata
-from dataclasses import asdict, dataclass
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from aspd import is_block, plain, position_ids
+from aspd import branch_positions, is_block, plain
 from data import Tokenizer, cli, published_tokenizer, read_prompts, write_whole
-from model import GPT, KVCache, from_checkpoint, from_published, read_checkpoint
+from model import KVCache, from_checkpoint, from_published, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32   # tokens of a title at most
@@ -90,47 +91,39 @@ def forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling):
 # -----------------------------------------------------------------------------
 # a loaded model, and the engine that decodes one answer with it
 
-@dataclass
 class LM:
-    """A model ready to decode: weights, tokenizer, device and the (perhaps compiled) step."""
-    model: GPT
-    tokenizer: Tokenizer
-    allow: torch.Tensor       # grammar(), (6, V)
-    compiled: bool = False
-    step: callable = forward_pass
-    cache: KVCache = None     # kept from answer to answer, grown when an answer needs more
+    """A model ready to decode. allow: grammar(); step: forward_pass, perhaps compiled; cache: kept from answer to answer."""
 
-    @property
-    def device(self):
-        return self.allow.device
+    def __init__(self, model, tokenizer, compile=False):
+        self.model, self.tokenizer, self.compiled = model.eval().requires_grad_(False), tokenizer, compile
+        self.device, self.cache, self.step = model.wte.weight.device, None, forward_pass
+        self.allow = grammar(tokenizer, model.config.vocab_size, self.device)
+        if compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
+            self.step = torch.compile(forward_pass, fullgraph=True, mode=mode)
 
     def reserve(self, slots):
         """An empty cache of at least so many slots."""
-        slots = bucket(slots, 256)
         if self.cache is None or self.cache.slots < slots:
-            self.cache = KVCache(self.model.config, slots, self.model.wte.weight.dtype, self.device)
+            self.cache = KVCache(self.model.config, bucket(slots, 256), self.model.wte.weight.dtype, self.device)
         self.cache.owner.zero_()
         return self.cache
 
 
 def load(path="out", device="cpu", dtype=None, compile=False):
     """
-    An LM from a train.py folder or a published Llama/Qwen2 folder. dtype: "float32", "bfloat16" or "float64"; by
+    An LM from a train.py folder or a published Llama or Qwen2 folder. dtype: "float32", "bfloat16" or "float64"; by
     default bfloat16 on CUDA, else float32. ValueError when there is no usable checkpoint.
     """
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: CUDA is not available")
-    dtype = getattr(torch, dtype or ("bfloat16" if str(device).startswith("cuda") else "float32"))
     if Path(path, "config.json").exists():
         model, (tokenizer, _) = from_published(path), published_tokenizer(path)
     else:
         state = read_checkpoint(path)
-        model, tokenizer = from_checkpoint(state), Tokenizer.load(state["tokenizer"])
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    lm = LM(model, tokenizer, grammar(tokenizer, model.config.vocab_size, device), compile)
-    if compile:
-        lm.step = torch.compile(forward_pass, fullgraph=True, mode="reduce-overhead" if lm.device.type == "cuda" else None)
-    return lm
+        model, tokenizer = from_checkpoint(state), Tokenizer(**state["tokenizer"])
+    dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
+    return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 
 
 def bucket(n, least=1):
@@ -138,26 +131,17 @@ def bucket(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
 
 
-@dataclass
-class Answer:
-    """What generate() returns."""
-    prompt: str
-    text: str         # the plain answer
-    mode: str
-    tokens: int       # plain-answer tokens: no tags, no repeated titles
-    steps: int        # forward passes after prefill
-    seconds: float    # wall-clock, prefill included
-    ttft: float       # seconds to the first token
-    blocks: list      # for each block, the tokens of each branch, tags aside
-    finish: str       # "stop", or "length" when the budget or the context cut anything
-    segments: list    # tokenised, as aspd.layout takes them
+# What generate() returns. text: the plain answer; tokens: of the plain answer; steps: forward passes after prefill;
+# seconds: wall-clock, prefill included; ttft: seconds to the first token; blocks: for each block the tokens of each
+# branch, tags aside; finish: "stop", or "length" when the budget or the context cut anything; segments: tokenised.
+Answer = namedtuple("Answer", "prompt text mode tokens steps seconds ttft blocks finish segments")
 
 
 @dataclass
 class Lane:
-    """A live branch: the token chosen for it but not fed yet, and that token's position."""
+    """A live branch: its number, its tokens after the title, and the token chosen but not fed yet, with its position."""
     branch: int
-    rest: list        # its tokens after the title so far
+    rest: list
     position: int
     token: int
 
@@ -172,7 +156,6 @@ class Engine:
         self.cache = lm.reserve(len(prompt) + self.budget)
         self.slot = 0                             # tokens fed so far, so also the next slot
         self.position = 0                         # of the next serial token
-        self.row = np.zeros((2, 0), dtype=int)    # block and branch of the row so far, in the layout's order
         self.segments, self.in_block = [[]], False
         self.cut = False                          # whether the budget or the context cut anything
         self.steps = -1                           # prefill is no step
@@ -184,7 +167,6 @@ class Engine:
     def run(self, prompt):
         """Prefill, then serial text and blocks until end-of-text or until nothing is left."""
         T = len(prompt)
-        self.row = np.zeros((2, T), dtype=int)
         self.position = T
         token, = self.feed(prompt, range(T), [0] * T, [T - 1], [self.serial_state()])
         self.ttft = time.perf_counter()
@@ -224,7 +206,6 @@ class Engine:
         """Feeds one serial token; returns the next, chosen in the given grammar state (by default: serial text)."""
         self.budget -= 1
         self.position += 1
-        self.row = np.pad(self.row, ((0, 0), (0, 1)))
         state = self.serial_state() if state is None else state
         token, = self.feed([token], [self.position - 1], [0], [0], [state])
         if self.watch:
@@ -271,34 +252,24 @@ class Engine:
 
     def branches(self, block):
         """Feeds <|para|> with all prefixes in one pass, then one token of every live branch a pass."""
-        n, tags = len(block), self.tags
+        n, tags, config = len(block), self.tags, self.config
         prefixes = [[tags.branch] + title for title, _ in block]
         sizes = [len(p) for p in prefixes]
         quota = (self.budget - 2 - sum(sizes)) // n - 1  # tokens a branch, less <|para|>, <|/para|> and <|/branch|>
-        if self.config.positions == "stride":
-            quota = min(quota, self.config.stride - max(sizes) - 1)
-        self.row = np.pad(self.row, ((0, 0), (0, 1)))
-        positions = [self.position, *self.lay(sizes)[1][:-1]]
-        ends = np.cumsum(sizes)  # where in this pass each prefix ends
-        following = self.feed([tags.para] + sum(prefixes, []), positions, np.repeat(range(n + 1), [1] + sizes), ends,
-                              [BRANCH] * n)
-        lanes = [Lane(i + 1, block[i][1], positions[ends[i]] + 1, following[i]) for i in range(n)]
+        if config.positions == "stride":
+            quota = min(quota, config.stride - max(sizes) - 1)
+        starts, _ = branch_positions(self.position + 1, sizes, config.positions, config.stride)
+        positions = [self.position] + [start + j for start, size in zip(starts, sizes) for j in range(size)]
+        owners = [0] + [i + 1 for i, size in enumerate(sizes) for _ in range(size)]
+        chosen = self.feed([tags.para] + sum(prefixes, []), positions, owners, np.cumsum(sizes), [BRANCH] * n)
+        lanes = [Lane(i + 1, block[i][1], starts[i] + sizes[i], chosen[i]) for i in range(n)]
         for live in [lanes] if self.mode == "adaptive" else [[lane] for lane in lanes]:
             while live:
                 live = self.parallel(live, quota)
         self.cache.owner.zero_()  # the block's slots become shared
-        sizes = [size + len(rest) + 1 for size, (_, rest) in zip(sizes, block)]
-        self.row, positions = self.lay(sizes)
-        self.position = positions[-1]
+        sizes = [lane.position - start for lane, start in zip(lanes, starts)]
+        _, self.position = branch_positions(self.position + 1, sizes, config.positions, config.stride)
         self.budget -= 1 + sum(sizes)
-
-    def lay(self, sizes):
-        """The row with a block of branches of these sizes behind it, and the positions from the block on, plus one."""
-        number = self.row[0].max(initial=0) + 1
-        branch = np.repeat(range(1, len(sizes) + 1), sizes)
-        row = np.concatenate((self.row, [np.full_like(branch, number), branch]), axis=1)
-        positions = position_ids(*np.pad(row, ((0, 0), (0, 1))), self.config.positions, self.config.stride)
-        return row, positions[self.row.shape[1]:].tolist()
 
     def parallel(self, live, quota):
         """One pass over the live branches. Returns those that go on."""
@@ -330,29 +301,27 @@ def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature
     and top_p 1 are off. watch: called with the Engine after every pass. ValueError for arguments out of range.
     """
     mode = mode or ("adaptive" if lm.tokenizer.special else "serial")
-    ids = lm.tokenizer.prompt(prompt, system)
-    for bad, message in [
-        (mode not in MODES, f"unknown mode {mode!r}, expected one of {', '.join(MODES)}"),
-        (mode != "serial" and not lm.tokenizer.special, f"a checkpoint without tags cannot decode in mode {mode!r}"),
-        (not prompt.strip(), "the prompt is empty"),
-        (len(ids) >= lm.model.config.block_size,
-         f"the prompt has {len(ids)} tokens, the context is {lm.model.config.block_size}"),
-        (max_new_tokens < 1, f"max-new-tokens must be at least 1, not {max_new_tokens}"),
-        (not 0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}"),
-        (top_k < 0, f"top-k must be 0 (off) or more, not {top_k}"),
-        (not 0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}"),
-        (not 2 <= max_branches <= MAX_BRANCHES, f"max-branches must be 2 to {MAX_BRANCHES}, not {max_branches}"),
-    ]:
-        if bad:
+    ids, context = lm.tokenizer.prompt(prompt, system), lm.model.config.block_size
+    for ok, message in (
+        (mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}"),
+        (mode == "serial" or lm.tokenizer.special, f"a checkpoint without tags cannot decode in mode {mode!r}"),
+        (prompt.strip(), "the prompt is empty"),
+        (len(ids) < context, f"the prompt has {len(ids)} tokens, too many for a context of {context}"),
+        (max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}"),
+        (0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}"),
+        (top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}"),
+        (0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}"),
+        (2 <= max_branches <= MAX_BRANCHES, f"max-branches must be 2 to {MAX_BRANCHES}, not {max_branches}"),
+    ):
+        if not ok:
             raise ValueError(message)
     start = time.perf_counter()
     engine = Engine(lm, ids, mode, max_new_tokens, (temperature, top_k, top_p), seed, max_branches, watch)
     engine.run(ids)
     seconds, segments = time.perf_counter() - start, [s for s in engine.segments if s]
     blocks = [[len(title + rest) for title, rest in s] for s in segments if is_block(s)]
-    text = lm.tokenizer.decode(plain(segments))
-    return Answer(prompt, text, mode, len(plain(segments)), engine.steps, seconds, engine.ttft - start, blocks,
-                  "length" if engine.cut else "stop", segments)
+    return Answer(prompt, lm.tokenizer.decode(plain(segments)), mode, len(plain(segments)), engine.steps, seconds,
+                  engine.ttft - start, blocks, "length" if engine.cut else "stop", segments)
 
 
 # -----------------------------------------------------------------------------
@@ -360,43 +329,35 @@ def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature
 
 class View:
     """
-    Shows an answer on a terminal as it grows: serial text as it comes; while a block is being written, a line a branch;
-    when the block ends its lines give way to the plain text.
+    Shows an answer on a terminal as it grows: serial text as it comes and, while a block is being written, a line a
+    branch. When the block ends its lines give way to the plain text.
     """
 
-    def __init__(self, lm, out):
-        self.lm, self.out, self.text, self.lines, self.shown = lm, out, "", 0, 0.0
-        self.colour = "NO_COLOR" not in os.environ
+    def __init__(self, tokenizer, out):
+        self.tokenizer, self.out, self.text, self.lines, self.shown = tokenizer, out, "", 0, 0.0
 
     def __call__(self, engine):
-        now = time.perf_counter()
-        if now - self.shown < 0.05:
+        if time.perf_counter() - self.shown < 0.05:  # seconds
             return
-        self.shown = now
         block = engine.segments[-2] if engine.in_block else []
-        done = self.lm.tokenizer.decode(plain(engine.segments[:-2] if block else engine.segments))
-        self.write(done.rstrip("\ufffd"))  # perhaps half a character
+        self.write(self.tokenizer.decode(plain(engine.segments[:-2] if block else engine.segments)).rstrip("\ufffd"))
         columns, rows = shutil.get_terminal_size()
-        drawn = [self.line(i, title, rest, columns) for i, (title, rest) in enumerate(block)][:max(rows - 3, 1)]
-        self.out.write("".join("\n" + line for line in drawn))
-        self.lines = len(drawn)
+        for i, (title, rest) in enumerate(block[:rows - 2]):
+            title, rest = (" ".join(self.tokenizer.decode(ids).split()) for ids in (title, rest))
+            title = clip(title, columns // 2)
+            bar = "|" if "NO_COLOR" in os.environ else f"\x1b[{31 + i % 6}m|\x1b[0m"
+            self.out.write(f"\n{bar} {title} {clip(rest[::-1], columns - width(title) - 4)[::-1]}")
+        self.lines, self.shown = len(block[:rows - 2]), time.perf_counter()
         self.out.flush()
 
     def write(self, text):
         """Takes the branch lines away and writes what is new of the plain text."""
-        if self.lines:
+        if self.lines:  # up, to the column behind the text, and clear from there on
             column = width(self.text.rpartition("\n")[2]) % shutil.get_terminal_size().columns
             self.out.write(f"\x1b[{self.lines}A\x1b[{column + 1}G\x1b[J")
-            self.lines = 0
         self.out.write(text[len(self.text):])
         self.out.flush()
-        self.text = text
-
-    def line(self, i, title, rest, columns):
-        """A branch in one line: its title, and as much of its end as fits."""
-        head, text = (" ".join(self.lm.tokenizer.decode(ids).split()) for ids in (title, rest))
-        head, text = clip(head, columns // 2), clip(text[::-1], columns - 6 - width(clip(head, columns // 2)))[::-1]
-        return f"\x1b[{31 + i % 6}m|\x1b[0m {head} {text}" if self.colour else f"| {head} {text}"
+        self.text, self.lines = text, 0
 
 
 def width(text):
@@ -406,7 +367,7 @@ def width(text):
 
 def clip(text, columns):
     """As much of the start of a text as fits."""
-    while text and width(text) > columns:
+    while width(text) > columns:
         text = text[:min(len(text) - 1, columns)]
     return text
 
@@ -415,52 +376,46 @@ def clip(text, columns):
 # command line
 
 def parse_args():
-    p = argparse.ArgumentParser(description="Decodes answers with a model that train.py made.")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="one prompt")
-    what.add_argument("--prompts", metavar="FILE", help='many: JSON Lines of {"prompt", "category"}')
-    p.add_argument("--ckpt", default="out", help="train.py's --out-dir, or a published Llama/Qwen2 folder (%(default)s)")
-    p.add_argument("--mode", choices=MODES, help="default: adaptive where the checkpoint has tags, else serial")
-    p.add_argument("--system", help="system text; default: the model's own")
-    p.add_argument("--max-new-tokens", type=int, default=512, help="tokens after the prompt, tags included (%(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
-    p.add_argument("--top-k", type=int, default=0, help="sample from the k best tokens; 0 = all (%(default)s)")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the best tokens that reach p (%(default)s)")
-    p.add_argument("--max-branches", type=int, default=MAX_BRANCHES, help="branches of a block at most (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="default: bfloat16 on CUDA, else float32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
-    p.add_argument("--json", metavar="FILE", help="also write the answers with their figures here")
+    p = argparse.ArgumentParser(description="Decodes answers, several branches at a time. First: python train.py",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what, add = p.add_mutually_exclusive_group(required=True), p.add_argument
+    what.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    what.add_argument("--prompts", metavar="FILE", help='many: JSON or JSON Lines of {"prompt", "category"}')
+    add("--ckpt", default="out", metavar="DIR", help="train.py's --out-dir, or a published Llama or Qwen2 folder")
+    add("--mode", choices=MODES, help="none: adaptive where the checkpoint has tags, else serial")
+    add("--system", metavar="TEXT", help="system text; none: the model's own")
+    add("--max-new-tokens", type=int, default=512, help="tokens after the prompt, tags included")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
+    add("--top-p", type=float, default=1.0, help="sample from the best tokens that together reach p; 1 is off")
+    add("--max-branches", type=int, default=MAX_BRANCHES, help="branches of a block at most")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), help="none: bfloat16 on CUDA, else float32")
+    add("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
+    add("--json", metavar="FILE", help="also write the answers and their figures here")
     return p.parse_args()
 
 
 def main():
-    args = parse_args()
-    prompts = read_prompts(args.prompts) if args.prompts is not None else [{"prompt": args.prompt}]
+    args, results = parse_args(), []
+    prompts = [{"category": None, "prompt": args.prompt}] if args.prompts is None else read_prompts(args.prompts)
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    names = ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "max_branches")
-    options = {name: getattr(args, name) for name in names}
-    results = []
-    for n, record in enumerate(prompts):
-        if args.prompts is not None:
-            print(f"\n[{n + 1}/{len(prompts)}] {record['prompt']}\n", file=sys.stderr)
-        view = View(lm, sys.stdout) if sys.stdout.isatty() else None
+    options = {k: getattr(args, k) for k in ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p",
+                                             "max_branches", "seed")}
+    for record in prompts:
+        view = View(lm.tokenizer, sys.stdout)
         try:
-            answer = generate(lm, record["prompt"], watch=view, **options)
+            answer = generate(lm, record["prompt"], watch=view if sys.stdout.isatty() else None, **options)
+            view.write(answer.text + "\n")
         except KeyboardInterrupt:
-            if view:
-                view.write(view.text + "\n")
+            view.write(view.text + "\n")
             raise
-        view.write(answer.text) if view else sys.stdout.write(answer.text)
-        print(flush=True)
-        print(f"\n{answer.tokens} tokens in {answer.steps} steps ({answer.tokens / max(answer.steps, 1):.2f}x), branches "
-              f"{[len(b) for b in answer.blocks]}, {answer.tokens / answer.seconds:.0f} tokens/s, first after "
-              f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}", file=sys.stderr)
-        results.append({"category": record.get("category"), **asdict(answer)})
+        print(f"\n{answer.tokens} tokens in {answer.steps} steps, branches {[len(b) for b in answer.blocks]}, "
+              f"{answer.tokens / answer.seconds:.0f} tokens/s, first after {1000 * answer.ttft:.0f} ms, finish: "
+              f"{answer.finish}\n", file=sys.stderr)
+        results.append({**record, **{k: v for k, v in answer._asdict().items() if k != "segments"}})
     if args.json:
-        for r in results:
-            del r["segments"]
         write_whole(args.json, [json.dumps({"results": results}, ensure_ascii=False, indent=1)])
 
 

@@ -15,7 +15,7 @@ import math
 import mmap
 import os
 import pickle
-import struct
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,16 +44,14 @@ class GPTConfig:
 
 class KVCache:
     """
-    Keys and values of one answer, written at explicit slots. k, v: (n_layer, 1, nkv, slots, hs).
-    owner[slot] is the live branch a slot belongs to, or 0 where it is shared. The last slot is for padding queries.
+    Keys and values of one answer, written at explicit slots. k, v: (n_layer, 1, nkv, slots + 1, hs). owner[slot]: the live
+    branch that a slot belongs to, or 0 where it is shared. The last slot takes what padding queries write.
     """
 
     def __init__(self, config, slots, dtype, device):
-        shape = (config.n_layer, 1, config.n_kv_head, slots + 1, config.head_size)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.owner = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-        self.slots = slots
+        shape = (2, config.n_layer, 1, config.n_kv_head, slots + 1, config.head_size)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.owner, self.slots = torch.zeros(slots + 1, dtype=torch.int64, device=device), slots
 
     def mask(self, slot, branch, seen):
         """(T, seen) bool: a query at slot t sees slot k iff k <= t and owner[k] is 0 or the query's own branch."""
@@ -63,17 +61,11 @@ class KVCache:
 
 
 def rope(position, config, dtype):
-    """cos and sin of the rotary angles. position: (B, T) -> two (B, 1, T, hs), the two halves of a head alike."""
+    """cos and sin of the rotary angles, position (B, T) -> two (B, 1, T, hs), where both halves of a head are alike."""
     exponent = torch.arange(0, config.head_size, 2, device=position.device).float() / config.head_size
     angle = position[:, None, :, None].float() * config.rope_theta ** -exponent  # (B, 1, T, hs/2)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x, cos, sin):
-    """Applies rotary positions to queries or keys, (B, heads, T, hs)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -87,17 +79,20 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, kv=None, slot=None):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        q, k, v = qkv.split(self.sizes, dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qk, v = qkv.split([self.sizes[0] + self.sizes[1], self.sizes[2]], dim=1)
+        x1, x2 = qk.chunk(2, dim=-1)
+        qk = qk * cos + torch.cat((-x2, x1), dim=-1) * sin  # rotary positions
+        q, k = qk.split(self.sizes[:2], dim=1)
         if kv is not None:
             k_cache, v_cache = kv
             k_cache[:, :, slot] = k
             v_cache[:, :, slot] = v
             seen = mask.size(-1)
             k, v = k_cache[:, :, :seen], v_cache[:, :, :seen]  # (1, nkv, S, hs)
+            q = q.reshape(B, k.size(1), -1, self.head_size)    # (1, nkv, nh/nkv T, hs): each key is read once for its group
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.sizes[0] != self.sizes[1])
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+                                           enable_gqa=q.size(1) != k.size(1))
+        return self.c_proj(y.reshape(B, -1, T, self.head_size).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -131,20 +126,12 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.tie()
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():  # GPT-2's initialisation, residual projections scaled down
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            if name.endswith("weight") and p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-
-    def tie(self):
-        """Lets the head share the embedding's weights where the config says so."""
-        if self.config.tied:
-            self.lm_head.weight = self.wte.weight
 
     def num_params(self):
         """Number of parameters; a tied head counts once."""
@@ -154,30 +141,51 @@ class GPT(nn.Module):
         """
         idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, nh, T, S); None = plain causal.
         cache, slot (T,): write keys and values there (B = 1); the mask's last size says how many slots are read.
-        pick: indices into the B * T tokens whose logits are wanted; None = all.
-        Returns logits (B, T, V), or (len(pick), V).
+        pick: indices of the B * T tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V).
         """
         x = self.wte(idx)
-        cos, sin = rope(position, self.config, x.dtype)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        cos, sin = rope(position, self.config, dtype)
+        if mask is not None:  # additive, once for all layers
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        if cache is not None:  # decoding folds the heads of a key group into the queries
+            mask = mask.repeat(self.config.n_head // self.config.n_kv_head, 1)  # (nh/nkv T, S)
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
-        if pick is not None:
-            x = x.flatten(0, 1)[pick]
-        return self.lm_head(self.ln_f(x))
+        x = x if pick is None else x.flatten(0, 1)[pick]
+        return F.linear(self.ln_f(x), (self.lm_head or self.wte).weight)
 
     @torch.no_grad()
     def grow(self, vocab_size, new):
         """Gives the model at least vocab_size embedding rows and starts the rows `new` at the mean of the others."""
-        rows = self.config.vocab_size
-        self.config.vocab_size = max(vocab_size, rows)
-        old = [i for i in range(rows) if i not in new]
-        for name in ("wte",) if self.config.tied else ("wte", "lm_head"):
-            module = getattr(self, name)
-            mean = module.weight[old].float().mean(0).to(module.weight)
-            extra = mean.expand(self.config.vocab_size - rows, -1)
-            module.weight = nn.Parameter(torch.cat((module.weight, extra)))
-            module.weight[new] = mean
-        self.tie()
+        rows, self.config.vocab_size = self.config.vocab_size, max(vocab_size, self.config.vocab_size)
+        for module in filter(None, (self.wte, self.lm_head)):
+            old = module.weight[[i for i in range(rows) if i not in new]]
+            module.weight = nn.Parameter(F.pad(module.weight, (0, 0, 0, self.config.vocab_size - rows)))
+            module.weight[new] = old.float().mean(0).to(old.dtype)
+
+
+def build(config, weights, where, parts_of=lambda name: [name]):
+    """
+    A GPT with a dict of tensors for weights. parts_of: our name of a tensor -> the names of those that, joined, make it.
+    ValueError naming the first that is missing, has another shape or is not part of the model.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    state, left = {}, set(weights)
+    for name, empty in model.state_dict().items():
+        parts = parts_of(name)
+        for part in parts:
+            if part not in weights:
+                raise ValueError(f"{where}: the tensor {part} is missing")
+        state[name] = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
+        if state[name].shape != empty.shape:
+            raise ValueError(f"{where}: {' + '.join(parts)} should be {list(empty.shape)}, is {list(state[name].shape)}")
+        left -= set(parts)
+    if left:
+        raise ValueError(f"{where}: the tensor {min(left)} is not part of such a model")
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -207,124 +215,87 @@ def read_checkpoint(out_dir):
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
         raise ValueError(f"{path} is cut off or not a checkpoint: {str(e).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} is not a checkpoint of this version: format {found!r}, expected {FORMAT!r}")
+        raise ValueError(f"{path} is not a checkpoint of this version, {FORMAT}")
     return state
 
 
-def from_checkpoint(state):
-    """The model of a checkpoint's dict. ValueError naming the first tensor that is missing or of another shape."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**state["config"]))
-    return load_weights(model, state["model"], "checkpoint")
-
-
-def load_weights(model, weights, where):
-    """Puts a dict of tensors in place of the model's (meta) parameters, checking names and shapes."""
-    expected = {k: v.shape for k, v in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
-    for name, shape in expected.items():
-        if name not in weights or weights[name].shape != shape:
-            found = list(weights[name].shape) if name in weights else "nothing"
-            raise ValueError(f"{where}: tensor {name} should be {list(shape)}, found {found}")
-    model.load_state_dict({k: weights[k] for k in expected}, strict=False, assign=True)
-    model.tie()
-    return model
+def from_checkpoint(state, where="checkpoint"):
+    """The model of a checkpoint's dict."""
+    return build(GPTConfig(**state["config"]), state["model"], where)
 
 
 # -----------------------------------------------------------------------------
 # published checkpoints: a folder with config.json and .safetensors files of a Llama or Qwen2 model
 
+PUBLISHED_NAMES = {
+    "wte": ["model.embed_tokens"], "ln_f": ["model.norm"], "lm_head": ["lm_head"],
+    "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.c_proj": ["self_attn.o_proj"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
+}
+
+
+def published_names(name):
+    """h.3.mlp.c_fc.weight -> model.layers.3.mlp.gate_proj.weight, model.layers.3.mlp.up_proj.weight"""
+    layer, module, kind = re.fullmatch(r"(h\.\d+\.)?(.*)\.(\w+)", name).groups(default="")
+    return [f"{layer.replace('h.', 'model.layers.')}{part}.{kind}" for part in PUBLISHED_NAMES[module]]
+
+
 def from_published(path):
-    """The model in a published folder, its weights memory-mapped where they can be. ValueError for what we lack."""
-    config = published_config(path)
-    weights = {}
+    """The model in a published folder, its weights memory-mapped where they can be. ValueError for what is not built."""
+    config, weights = published_config(path), {}
     for file in sorted(Path(path).glob("*.safetensors")):
         weights.update(read_safetensors(file))
-    if not weights:
-        raise ValueError(f"no .safetensors file in {path}")
-    with torch.device("meta"):
-        model = GPT(config)
-    return load_weights(model, rename(weights, config, path), path)
+    if config.tied:
+        weights.pop("lm_head.weight", None)
+    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # in old files
+    return build(config, weights, path, published_names)
+
+
+SUPPORTED = {  # config.json settings that change the result, and the values that are implemented (None: not set)
+    "model_type": ("llama", "qwen2"), "hidden_act": ("silu",), "rope_type": (None, "default"), "attention_bias": (None, False),
+    "mlp_bias": (None, False), "use_sliding_window": (None, False), "layer_types": (None, ["full_attention"]),
+    "partial_rotary_factor": (None, 1.0), "quantization_config": (None,), "num_local_experts": (None,),
+}
 
 
 def published_config(path):
     """config.json -> GPTConfig. Everything that would change the result and is not implemented is refused by name."""
-    try:
-        c = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}/config.json is not JSON: {e}") from None
-    scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    refused = {
-        "model_type": c.get("model_type") not in ("llama", "qwen2"),
-        "hidden_act": c.get("hidden_act", "silu") != "silu",
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-        "use_sliding_window": bool(c.get("use_sliding_window")),
-        "layer_types": any(t != "full_attention" for t in c.get("layer_types") or []),
-        "attention_bias": bool(c.get("attention_bias")),
-        "mlp_bias": bool(c.get("mlp_bias")),
-        "partial_rotary_factor": scaling.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0,
-        "quantization_config": "quantization_config" in c,
-        "num_local_experts": "num_local_experts" in c,
-    }
-    for key, bad in refused.items():
-        if bad:
-            raise ValueError(f"{path}/config.json: {key} = {c.get(key, scaling)!r} is not supported")
+    c = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # older and newer configs differ
+    found = {**c, "rope_type": rope.get("type"), **rope, "layer_types": sorted(set(c.get("layer_types") or [])) or None}
+    for key, values in SUPPORTED.items():
+        if found.get(key) not in values:
+            raise ValueError(f"{path}/config.json: {key} = {found.get(key)!r} is not supported")
     n_head = c["num_attention_heads"]
     return GPTConfig(
         block_size=c["max_position_embeddings"], vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"],
         n_head=n_head, n_kv_head=c.get("num_key_value_heads") or n_head, n_embd=c["hidden_size"],
         n_inner=c["intermediate_size"], head_size=c.get("head_dim") or c["hidden_size"] // n_head,
-        rope_theta=float(c.get("rope_theta") or scaling.get("rope_theta") or 10000.0), norm_eps=c["rms_norm_eps"],
-        qkv_bias=c["model_type"] == "qwen2", tied=bool(c.get("tie_word_embeddings", False)))
+        rope_theta=float(found.get("rope_theta") or 10000), norm_eps=c["rms_norm_eps"],
+        qkv_bias=c["model_type"] == "qwen2", tied=bool(c.get("tie_word_embeddings")))
 
 
-def rename(weights, config, where):
-    """Published tensor names -> ours; q, k, v and gate, up are joined into one matrix each. Unknown names raise."""
-    def take(name):
-        if name not in weights:
-            raise ValueError(f"{where}: tensor {name} is missing")
-        return weights.pop(name)
-
-    out = {"wte.weight": take("model.embed_tokens.weight"), "ln_f.weight": take("model.norm.weight")}
-    if not config.tied:
-        out["lm_head.weight"] = take("lm_head.weight")
-    for i in range(config.n_layer):
-        theirs, ours = f"model.layers.{i}.", f"h.{i}."
-        for part in ("weight", "bias") if config.qkv_bias else ("weight",):
-            out[f"{ours}attn.c_attn.{part}"] = torch.cat([take(f"{theirs}self_attn.{p}_proj.{part}") for p in "qkv"])
-        out[f"{ours}attn.c_proj.weight"] = take(f"{theirs}self_attn.o_proj.weight")
-        out[f"{ours}mlp.c_fc.weight"] = torch.cat([take(f"{theirs}mlp.{p}_proj.weight") for p in ("gate", "up")])
-        out[f"{ours}mlp.c_proj.weight"] = take(f"{theirs}mlp.down_proj.weight")
-        out[f"{ours}ln_1.weight"] = take(f"{theirs}input_layernorm.weight")
-        out[f"{ours}ln_2.weight"] = take(f"{theirs}post_attention_layernorm.weight")
-    unknown = [k for k in weights if not k.endswith("rotary_emb.inv_freq") and k != "lm_head.weight"]
-    if unknown:
-        raise ValueError(f"{where}: tensor {unknown[0]} is not part of a Llama or Qwen2 model")
-    return out
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes header length, a JSON header, raw tensors."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        start = f.read(8)
-        n = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= n <= size - 8:
+        size, start = os.fstat(f.fileno()).st_size, f.read(8)
+        n = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= n <= size - 8:
             raise ValueError(f"{path}: a header of {n} bytes does not fit a file of {size}")
-        try:
-            header = json.loads(f.read(n))
-        except ValueError:
-            raise ValueError(f"{path}: the header is not JSON") from None
+        header = json.loads(f.read(n))
         data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))[8 + n:]
     tensors = {}
     for name, t in header.items():
         if name == "__metadata__":
             continue
-        if t["dtype"] not in dtypes:
-            raise ValueError(f"{path}: tensor {name} has the unsupported type {t['dtype']}")
-        dtype, (begin, end), count = dtypes[t["dtype"]], t["data_offsets"], math.prod(t["shape"])
-        if not 0 <= begin <= end <= len(data) or end - begin != count * dtype.itemsize or min(t["shape"], default=0) < 0:
-            raise ValueError(f"{path}: tensor {name} of shape {t['shape']} lies at {begin}..{end} of {len(data)} bytes")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=begin).view(t["shape"])
+        dtype, (begin, end), shape = DTYPES.get(t["dtype"]), t["data_offsets"], t["shape"]
+        if dtype is None or min(shape, default=0) < 0 or not 0 <= begin <= end <= len(data) \
+                or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: tensor {name} of type {t['dtype']} and shape {shape} cannot lie at {begin}..{end} of "
+                             f"{len(data)} bytes")
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
     return tensors

@@ -11,35 +11,30 @@ import torch
 import decode
 from aspd import IGNORE, branch_mask, is_block, layout, plain, stats, tokenize
 from data import PATTERN, Tokenizer
-from decode import LM, Engine, generate, grammar
+from decode import LM, generate
 from model import GPT, GPTConfig
 
 TOKENIZER = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, eos=256).add_tags()
 
 
-def random_lm(dtype=torch.float64, seed=0, **config):
-    """A tiny untrained model over bytes; its logits are sharpened so that tags come up now and then."""
+def random_lm(dtype=torch.float64, seed=0, compile=False, **config):
+    """A tiny untrained model over bytes."""
     torch.manual_seed(seed)
     settings = dict(block_size=1024, vocab_size=TOKENIZER.vocab_size + 5, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
                     n_inner=48, head_size=8) | config
-    model = GPT(GPTConfig(**settings)).to(dtype).eval().requires_grad_(False)
-    return LM(model, TOKENIZER, grammar(TOKENIZER, model.config.vocab_size, "cpu"))
+    return LM(GPT(GPTConfig(**settings)).to(dtype), TOKENIZER, compile)
 
 
 def like_tags(lm, **bonus):
     """Makes the model fond of some tags: adds a bonus to their logits, so that random weights write blocks."""
-    real = lm.model.lm_head
+    ids = torch.tensor([TOKENIZER.eos if name == "eos" else getattr(TOKENIZER.special, name) for name in bonus])
+    forward, values = lm.model.forward, torch.tensor(list(bonus.values()))
 
-    class Head(torch.nn.Module):
-        weight = real.weight
+    def fond_forward(*args, **kwargs):
+        y = forward(*args, **kwargs)
+        return y.index_add(-1, ids, values.to(y.dtype).expand(*y.shape[:-1], -1))
 
-        def forward(self, x):
-            y = real(x)
-            for name, value in bonus.items():
-                y[..., TOKENIZER.eos if name == "eos" else getattr(TOKENIZER.special, name)] += value
-            return y
-
-    lm.model.lm_head = Head()
+    lm.model.forward = fond_forward
     return lm
 
 
