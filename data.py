@@ -57,7 +57,7 @@ def read_objects(path):
 def read_json(path):
     """Yields (place, value) of a JSON array, or of JSON Lines with one line in memory at a time."""
     with open(path, "rb") as f:
-        array = f.read(1) == b"["
+        array = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         f.seek(0)
         if array:
             for n, record in enumerate(parse_json(f.read(), path), start=1):
@@ -84,25 +84,32 @@ def read_records(path):
     """
     n = 0
     for where, r in read_objects(path):
-        small = {k: r[k] for k in ("id", "category", "model", "facts") if k in r}
-        if "conversations" in r:
-            turns, prompt = [], ""
-            for turn in r["conversations"]:
-                text = turn.get("value") or ""
-                if turn.get("from") in ("human", "user"):
-                    prompt = text
-                elif turn.get("from") != "system" and text.strip():
-                    turns.append({**small, "id": f"{r.get('id', n)}-{len(turns)}", "prompt": prompt, "response": text})
-        else:
-            prompt, response = r.get("prompt"), r.get("response")
-            if "instruction" in r:
-                prompt, response = "\n\n".join(filter(None, (r["instruction"], r.get("input")))), r.get("output")
-            turns = [{"id": n, **small, "prompt": text_field(r, where, "prompt", prompt),
-                      "response": text_field(r, where, "answer", response)}]
-        n += len(turns)
-        yield from turns
+        try:
+            for answer in record_answers(r, where):
+                yield {"id": n, **answer}
+                n += 1
+        except (AttributeError, TypeError) as e:
+            raise ValueError(f"{where}: not a record of prompts and answers: {e}") from None
     if n == 0:
         raise ValueError(f"{path}: no usable answers")
+
+
+def record_answers(r, where):
+    """The answers of one record, as read_records() yields them."""
+    small, prompt = {k: r[k] for k in ("id", "category", "model", "facts") if k in r}, ""
+    if "conversations" in r:
+        for n, turn in enumerate(r["conversations"]):
+            text = (turn.get("value") or "") + ""  # TypeError for what is not text
+            if turn.get("from") in ("human", "user"):
+                prompt = text
+            elif turn.get("from") != "system" and text.strip():
+                yield {**small, "id": f"{r.get('id', '')}-{n}", "prompt": prompt, "response": text}
+        return
+    prompt, response = r.get("prompt"), r.get("response")
+    if "instruction" in r:
+        prompt, response = "\n\n".join(filter(None, (r["instruction"], r.get("input")))), r.get("output")
+    yield {**small, "prompt": text_field(r, where, "prompt", prompt),
+           "response": text_field(r, where, "answer", response)}
 
 
 def read_prompts(path):
@@ -116,9 +123,13 @@ def read_prompts(path):
 
 def write_whole(path, lines):
     """Writes the lines to a file whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.writelines(line + "\n" for line in lines)
-    os.replace(f"{path}.tmp", path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:  # in JSON, a lone surrogate's escape
+            f.writelines(line + "\n" for line in lines)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cli(main):
@@ -364,7 +375,7 @@ def learn_bpe(text, vocab_size=2048):
     Byte pair encoding learnt from text -> ranks. tiktoken's own trainer rescans the whole text at every merge (minutes
     for a megabyte); this one counts each distinct word once and revisits only the words that a merge changes.
     """
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in Counter(re.findall(PATTERN, text)).items()]
+    words = [([bytes([b]) for b in word.encode("utf-8", "replace")], n) for word, n in Counter(re.findall(PATTERN, text)).items()]
     pairs, where = Counter(), defaultdict(set)
 
     def count(i, sign):
@@ -442,7 +453,9 @@ def published_tokenizer(path):
         default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", template)
         system = default[1] if default else ""
     eos = config.get("eos_token")
-    eos = added[eos["content"] if isinstance(eos, dict) else eos]
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    refuse_unless(eos in added, f"the eos_token {eos}")
+    eos = added[eos]
     return Tokenizer(split_pattern(t, refuse_unless), ranks, eos, None, chat, system, normalizer == "NFC"), list(added.values())
 
 
@@ -451,7 +464,7 @@ def split_pattern(t, refuse_unless):
     pre = t.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
     kinds, last = [p.get("type") for p in parts], parts[-1]
-    refuse_unless(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"), f"the pre_tokenizer {kinds}")
+    refuse_unless(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"), f"the pre_tokenizer {parts}")
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         refuse_unless(parts[0]["behavior"] == "Isolated" and not parts[0].get("invert"), f"the split {parts[0]}")
         return parts[0]["pattern"]["Regex"]

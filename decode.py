@@ -29,7 +29,7 @@ import torch
 
 from aspd import branch_positions, is_block, plain
 from data import Tokenizer, cli, published_tokenizer, read_prompts, write_whole
-from model import KVCache, from_checkpoint, from_published, read_checkpoint
+from model import KVCache, check_device, from_checkpoint, from_published, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32   # tokens of a title at most
@@ -115,8 +115,7 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     An LM from a train.py folder or a published Llama or Qwen2 folder. dtype: "float32", "bfloat16" or "float64"; by
     default bfloat16 on CUDA, else float32. ValueError when there is no usable checkpoint.
     """
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: CUDA is not available")
+    check_device(device)
     if Path(path, "config.json").exists():
         model, (tokenizer, _) = from_published(path), published_tokenizer(path)
     else:

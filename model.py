@@ -42,6 +42,16 @@ class GPTConfig:
     stride: int = 256           # under "stride": distance of the branches' starts, and their longest length
 
 
+def check_device(device):
+    """ValueError unless a device such as "cpu" or "cuda:1" is there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: CUDA is not available")
+
+
 class KVCache:
     """
     Keys and values of one answer, written at explicit slots. k, v: (n_layer, 1, nkv, slots + 1, hs). owner[slot]: the live
@@ -212,8 +222,8 @@ def read_checkpoint(out_dir):
         raise ValueError(f"no checkpoint at {path}: run `python train.py --out-dir {out_dir}` first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
-        raise ValueError(f"{path} is cut off or not a checkpoint: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as e:
+        raise ValueError(f"{path} is cut off or not a checkpoint: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version, {FORMAT}")
     return state
@@ -221,7 +231,10 @@ def read_checkpoint(out_dir):
 
 def from_checkpoint(state, where="checkpoint"):
     """The model of a checkpoint's dict."""
-    return build(GPTConfig(**state["config"]), state["model"], where)
+    try:
+        return build(GPTConfig(**state["config"]), state["model"], where)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"{where} is not a checkpoint of this version: {e!r}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -261,7 +274,15 @@ SUPPORTED = {  # config.json settings that change the result, and the values tha
 
 def published_config(path):
     """config.json -> GPTConfig. Everything that would change the result and is not implemented is refused by name."""
-    c = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+    try:
+        c = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+        return to_config(c, path)
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}/config.json: not understood: {e!r}") from None
+
+
+def to_config(c, path):
+    """The dict in config.json -> GPTConfig."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # older and newer configs differ
     found = {**c, "rope_type": rope.get("type"), **rope, "layer_types": sorted(set(c.get("layer_types") or [])) or None}
     for key, values in SUPPORTED.items():
@@ -286,16 +307,19 @@ def read_safetensors(path):
         n = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= n <= size - 8:
             raise ValueError(f"{path}: a header of {n} bytes does not fit a file of {size}")
-        header = json.loads(f.read(n))
+        header = f.read(n)
         data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))[8 + n:]
-    tensors = {}
-    for name, t in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, (begin, end), shape = DTYPES.get(t["dtype"]), t["data_offsets"], t["shape"]
-        if dtype is None or min(shape, default=0) < 0 or not 0 <= begin <= end <= len(data) \
-                or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name} of type {t['dtype']} and shape {shape} cannot lie at {begin}..{end} of "
-                             f"{len(data)} bytes")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+    tensors, name = {}, "(header)"
+    try:
+        for name, t in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            dtype, (begin, end), shape = DTYPES[t["dtype"]], t["data_offsets"], t["shape"]
+            count = math.prod(shape)
+            if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(data) or end - begin != count * dtype.itemsize:
+                raise ValueError(f"shape {shape} cannot lie at {begin}..{end} of {len(data)} bytes")
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=begin).view(shape) if count \
+                else torch.empty(shape, dtype=dtype)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: tensor {name}: {e!r}") from None
     return tensors

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from aspd import IGNORE, POSITIONS, summary
 from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer, micro_batches, published_tokenizer,
                   read_records, split_held_out)
-from model import GPT, GPTConfig, from_checkpoint, from_published, read_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, check_device, from_checkpoint, from_published, read_checkpoint, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # what seldom changes
@@ -266,8 +266,10 @@ class Run:
 def main():
     p = parser()
     args, rank, world = p.parse_args(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: CUDA is not available")
+    check_device(args.device)
+    for name in ("steps", "epochs", "batch_size", "micro_tokens", "block_size", "n_layer", "n_head", "lr", "save_every"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be over 0, not {getattr(args, name)}")
     if world > 1:
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -121,10 +121,10 @@ def get_lm(args, texts, dtype=None):
         model = GPT(config).to(getattr(torch, dtype))
     model = model.to_empty(device=args.device).eval().requires_grad_(False)  # 7B parameters never pass through the CPU
     if config.tied:
-        model.lm_head.weight = model.wte.weight
+        pass
     for p in model.parameters():
         p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
-    lm = LM(model, tokenizer, grammar(tokenizer, config.vocab_size, args.device), args.compile)
+    lm = LM(model, tokenizer, args.compile)
     if args.compile:
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
         lm.step = torch.compile(forward_pass, fullgraph=True, mode=mode)
