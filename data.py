@@ -89,7 +89,7 @@ def read_records(path):
                 yield {"id": n, **answer}
                 n += 1
         except (AttributeError, TypeError) as e:
-            raise ValueError(f"{where}: not a record of prompts and answers: {e}") from None
+            raise ValueError(f"{where}: no prompts and answers in its fields {', '.join(r)}: {e}") from None
     if n == 0:
         raise ValueError(f"{path}: no usable answers")
 
@@ -355,7 +355,8 @@ class Tokenizer:
     def prompt(self, text, system=None):
         """A user's text in the model's own chat form -> list of ids."""
         fill = {"prompt": text, "system": self.system if system is None else system}
-        ids = [[p] if isinstance(p, int) else self.encode(p.format(**fill)) for p in self.chat]
+        form = self.chat[4:] if not fill["system"] and "system\n{system}" in self.chat else self.chat  # no empty turn
+        ids = [[p] if isinstance(p, int) else self.encode(p.format(**fill)) for p in form]
         return sum(ids, [])
 
     def add_tags(self, used=()):
@@ -432,7 +433,7 @@ def published_tokenizer(path):
 
     read = lambda name: Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
     refuse_unless(read("tokenizer.json"), "a tokenizer without this file (SentencePiece)")
-    t, config = json.loads(read("tokenizer.json")), json.loads(read("tokenizer_config.json") or "{}")
+    t, config = (parse_json((read(name) or "{}").encode(), f"{path}/{name}") for name in ("tokenizer.json", "tokenizer_config.json"))
     model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
     refuse_unless(model.get("type") == "BPE" and not model.get("byte_fallback"), f"the model {model.get('type')}, byte fallback")
     refuse_unless(normalizer in (None, "NFC"), f"the normalizer {normalizer}")

@@ -121,6 +121,8 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     else:
         state = read_checkpoint(path)
         model, tokenizer = from_checkpoint(state), Tokenizer(**state["tokenizer"])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has ids up to {tokenizer.vocab_size}, the model {model.config.vocab_size}")
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
     return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 

@@ -186,7 +186,7 @@ def build(config, weights, where, parts_of=lambda name: [name]):
     for name, empty in model.state_dict().items():
         parts = parts_of(name)
         for part in parts:
-            if part not in weights:
+            if not isinstance(weights.get(part), torch.Tensor):
                 raise ValueError(f"{where}: the tensor {part} is missing")
         state[name] = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
         if state[name].shape != empty.shape:
