@@ -8,11 +8,6 @@ Text in: loading, the extraction of parallel structure, the tokenizer, the built
 An answer enters as plain text. extract() cuts it into segments without losing a character and checks that the branches
 do not need each other; a Tokenizer turns them into ids; make_rows() lays them out for training.
 """
-import re
-from collections import Counter
-from itertools import accumulate
-from types import SimpleNamespace
-from typing import NamedTuple
 import argparse
 import itertools
 import json
@@ -24,6 +19,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
@@ -47,34 +43,43 @@ def parse_json(raw, where):
 
 
 def read_objects(path):
-    """Yields (place, dict) of every record of a file. ValueError with the place of one that is something else."""
-    for where, record in read_json(path):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
-        yield where, record
-
-
-def read_json(path):
-    """Yields (place, value) of a JSON array, or of JSON Lines with one line in memory at a time."""
+    """Yields (place, dict) for every record of a JSON array, or of JSON Lines with one line in memory at a time."""
     with open(path, "rb") as f:
         array = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         f.seek(0)
-        if array:
-            for n, record in enumerate(parse_json(f.read(), path), start=1):
-                yield f"{path}, record {n}", record
-            return
-        for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{path}, line {n}: longer than {MAX_LINE} bytes")
-            if line.strip():
-                yield f"{path}, line {n}", parse_json(line, f"{path}, line {n}")
+        for n, raw in enumerate([f.read()] if array else iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
+            where = path if array else f"{path}, line {n}"
+            if len(raw) > MAX_LINE and not array:
+                raise ValueError(f"{where}: longer than {MAX_LINE} bytes")
+            found = parse_json(raw, where) if raw.strip() else []
+            for k, record in enumerate(found if array or not raw.strip() else [found], start=1):
+                where = f"{path}, record {k}" if array else where
+                if not isinstance(record, dict):
+                    raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
+                yield where, record
 
 
-def text_field(record, where, name, value):
-    """The value, a non-empty str. ValueError naming the fields that the record has instead."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: no {name} in a record with the fields {', '.join(record) or '(none)'}")
-    return value
+def text_of(r, key, where):
+    """The text in a record's field. ValueError naming the fields that it has instead."""
+    if not isinstance(r.get(key), str) or not r[key].strip():
+        raise ValueError(f"{where}: no {key} in a record with the fields {', '.join(r) or '(none)'}")
+    return r[key]
+
+
+def questions_answers(r, where):
+    """Yields (prompt, answer) of a record; of a conversation every answer with the user turn before it."""
+    if "conversations" in r:
+        prompt = ""
+        for turn in r["conversations"]:
+            text = (turn.get("value") or "") + ""  # TypeError for what is not text
+            if turn.get("from") in ("human", "user"):
+                prompt = text
+            elif turn.get("from") != "system" and text.strip():
+                yield prompt, text
+    else:
+        if "instruction" in r:
+            r = {**r, "prompt": "\n\n".join(filter(None, (r["instruction"], r.get("input")))), "response": r.get("output")}
+        yield text_of(r, "prompt", where), text_of(r, "response", where)
 
 
 def read_records(path):
@@ -85,37 +90,21 @@ def read_records(path):
     n = 0
     for where, r in read_objects(path):
         try:
-            for answer in record_answers(r, where):
-                yield {"id": n, **answer}
-                n += 1
+            pairs = list(questions_answers(r, where))
         except (AttributeError, TypeError) as e:
             raise ValueError(f"{where}: no prompts and answers in its fields {', '.join(r)}: {e}") from None
+        small = {"id": n, **{k: r[k] for k in ("id", "category", "model", "facts") if k in r}}
+        for k, (prompt, response) in enumerate(pairs):
+            yield {**small, "id": f"{small['id']}-{k}" if "conversations" in r else small["id"], "prompt": prompt,
+                   "response": response}
+            n += 1
     if n == 0:
         raise ValueError(f"{path}: no usable answers")
 
 
-def record_answers(r, where):
-    """The answers of one record, as read_records() yields them."""
-    small, prompt = {k: r[k] for k in ("id", "category", "model", "facts") if k in r}, ""
-    if "conversations" in r:
-        for n, turn in enumerate(r["conversations"]):
-            text = (turn.get("value") or "") + ""  # TypeError for what is not text
-            if turn.get("from") in ("human", "user"):
-                prompt = text
-            elif turn.get("from") != "system" and text.strip():
-                yield {**small, "id": f"{r.get('id', '')}-{n}", "prompt": prompt, "response": text}
-        return
-    prompt, response = r.get("prompt"), r.get("response")
-    if "instruction" in r:
-        prompt, response = "\n\n".join(filter(None, (r["instruction"], r.get("input")))), r.get("output")
-    yield {**small, "prompt": text_field(r, where, "prompt", prompt),
-           "response": text_field(r, where, "answer", response)}
-
-
 def read_prompts(path):
     """The {"prompt", "category"} of a file, as a list. ValueError for a record without a prompt, or for no records."""
-    prompts = [{"category": r.get("category"), "prompt": text_field(r, where, "prompt", r.get("prompt"))}
-               for where, r in read_objects(path)]
+    prompts = [{"category": r.get("category"), "prompt": text_of(r, "prompt", where)} for where, r in read_objects(path)]
     if not prompts:
         raise ValueError(f"{path}: no prompts")
     return prompts
@@ -143,9 +132,8 @@ def cli(main):
         sys.exit(130)
 
 
-# ---- extraction
-
-
+# -----------------------------------------------------------------------------
+# extraction
 
 MAX_BRANCHES = 16  # the engine's width
 GROUP_OVER = 10    # a longer list may put neighbours into one branch
@@ -156,15 +144,16 @@ LABEL_WORDS = 3    # a longer label is cut to the fewest words that tell its par
 LEVELS = [(level, rank, re.compile(pattern)) for level, rank, pattern in [  # group 1: siblings open alike
     *[("heading", rank, rf"({'#' * rank})[ \t]+\S") for rank in range(1, 7)],
     ("bold line", 7, r"(\*\*|__)[^\s*_][^*_\n]{0,100}(?:\*\*|__)[:：]?\s*$"),
-    ("number", 10, r"((?:\*\*)?[(（]?)(?:(\d{1,3})|[ivxIVX]{2,5}|[^\W\d_])(?:[.)）．](?=\s|\*\*|[一-鿿])|、)"),
+    ("number", 10, r"((?:\*\*)?[(（]?)(\d{1,3}|[ivx]{1,5}|[IVX]{1,5}|[^\W\d_])(?:[.)）．](?=\s|\*\*|[一-鿿])|、)"),
     ("bullet", 10, r"([-*+•‣◦▪●–])[ \t]+\S"),
-    ("label", 8, r"((?:\*\*|__)?)(?!Here|Note)[^\W\d_a-z][^\s:.!?]{0,30}(?: [^\s:.!?]{1,30}){0,7}(?::(?=\s|\*|$)|：)"),
+    ("label", 8, r"((?:\*\*|__)?)(?!(?:Here|Note|Subject|Dear|Sure|This|And|Now|So|To|You|I)\b)[^\W\d_a-z]"
+     r"[^\s:.!?]{0,30}(?: [^\s:.!?]{1,30}){0,4}(?::(?=\s|\*|$)|：)"),  # a name, not a sentence: five words at most
     ("ordinal", 9, r"()(?:(?:First|Second|Third|Final|Last)(?:ly)?,|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
 ]]
 OPAQUE = re.compile(r"[ \t]*(?:(```|~~~)|\|)")  # code and tables are never cut
 PREFIX = re.compile(r"\W*(?:\w{1,3}[.)）．、](?=[\s*一-鿿]))?\W*")  # the marker of a part
 WORKS_ON = (r"(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In short|Overall|Therefore|总结|Final Answer|Calculating"
-            r"|(?:Explanation|Solution|Comparison|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n]")
+            r"|(?:Explanation|Solution|Comparison|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
 
 
 def bare(text):
@@ -181,8 +170,9 @@ def read_marks(lines):
         kind, rank, number = "text" if line.strip("-*_ \t\r\n") else "", 10 + depth, 0
         for level, outer, pattern in LEVELS if kind and not fence and not fenced and depth < 13 else ():
             if (outer > 9 or depth < 2) and (m := pattern.match(line, depth)):
-                number = int(m[2] or 0) if level == "number" else 0
-                kind, rank = (level, m[1], depth, number > 0), outer + depth * (outer > 9)
+                mark = m[2] if level == "number" else ""  # 3, B or iv
+                number, style = (int(mark), 1) if mark.isdecimal() else (0, mark.strip("ivxIVX") and mark.isupper())
+                kind, rank = (level, m[1], style, depth), outer + depth * (outer > 9)
                 break
         marks.append(("opaque" if fence or fenced else kind, rank, number))
     return marks
@@ -191,27 +181,36 @@ def read_marks(lines):
 def find_runs(lines, marks):
     """Runs of sibling parts, outer ones first: the lines where parts start, the line where the last one ends."""
     runs, stack = [], []  # stack: runs that may go on, each inside a part of the one before
+    labels = Counter(line.split(":")[0] for line in lines)
     for i, (kind, rank, number) in enumerate(marks):
+        if rank == 8 and stack and stack[-1].rank > 9 and labels[lines[i].split(":")[0]] > 1:
+            kind = "text"  # a field that several items of a list have
         if isinstance(kind, tuple):
             k = next((k for k, run in enumerate(stack) if run.rank > rank or run.kind == kind), len(stack))
             if rank < 10 and re.match(WORKS_ON, bare(lines[i]), re.I):
                 kind = None  # works on the parts before it: ends their run, and nothing joins it
             joins = k < len(stack) and stack[k].kind == kind and number >= stack[k].number
-            while len(stack) > k + joins:
-                stack.pop().end = i
+            for run in stack[k + joins:]:
+                run.end = min(run.end, i)
+            del stack[k + joins:]
             if not joins:
-                runs.append(SimpleNamespace(kind=kind, rank=rank, nested=len(stack) > 0, parts=[], end=len(lines),
-                                            held=0, allowed=rank < 9))
+                runs.append(SimpleNamespace(kind=kind, rank=rank, nested=k > 0, parts=[], held=0, allowed=rank < 9))
                 stack.append(runs[-1])
             run = stack[-1]
+            if rank < 8 and len(run.parts) == 1 and not any(mark[0] for mark in marks[run.parts[0] + 1:i]):
+                run.parts.clear()  # a first heading without a body is the title of them all
             run.parts.append(i)
-            run.number, run.held, run.allowed = number, 0, max(run.allowed, run.held)
+            run.number, run.held, run.allowed, run.end = number, 0, max(run.allowed, run.held), len(lines)
         elif kind == "text" and (i == 0 or marks[i - 1][0] in ("", "opaque")):
-            while stack and rank <= max(stack[-1].rank, 10):
-                stack[-1].held += 1
-                if len(stack[-1].parts) < 2 or stack[-1].held <= stack[-1].allowed:
+            while stack and rank <= max(stack[-1].rank, 10):  # a paragraph
+                run = stack[-1]
+                run.held += 1
+                # more than its siblings hold, or a conclusion: the answer goes on; another heading would take this back
+                over = len(run.parts) > 1 and (run.held > run.allowed or re.match(WORKS_ON, lines[i], re.I))
+                run.end = min(run.end, i) if over else run.end
+                if not over or run.rank < 9:
                     break
-                stack.pop().end = i  # more than its siblings hold: the answer goes on after the list
+                stack.pop()
     return [run for run in runs if len(run.parts) > 1]
 
 
@@ -240,34 +239,47 @@ NAME = re.compile(r"[^\W_](?:[\w.,'-]*\w)?")
 NOUN = r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?=[^\w '-]| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that)\b)"
 SAYS = [  # reason, what a part of the block says after its marker: it goes on from, or works on, what a sibling says
     ("works on what its siblings say", rf"(?i)\A(?:{WORKS_ON})"),  # a list item; a heading has ended its run
-    ("is a song or a play", r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Stanza|Scene|Act)\b[^a-z\n]{0,40}$"),
-    ("solves an equation step by step", r"(?m)^[ \t]*[\dxyz()][\dxyz ()+*/^.-]{0,40}=[\dxyz ()+*/^.-]{0,40}$"),
-    ("steps of one recipe", r"\A[^\n]{0,400}(?:\b[Tt]he mixture\b|\b[Pp]reheat|\bset (?:it |them )?aside\b)"),
-    ("opens by going on", r"\A(?:However|Thus|As a result|Then|Meanwhile|N(?:ow|ext)(?=,)|If (?:yes|no|so|not))\b"),
+    ("is a song or a play", r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Stanza|Scene|Act)\b[^a-z\n]{0,40}$"
+     r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))"),
+    ("solves an equation", r"(?m)^[ \t]*[\dxyz()][\dxyz ()+*/^.-]*=[\dxyz ()+*/^.-]*$|\A(?:Solve for|Substit)"),
+    ("steps of one recipe", r"\A[^\n]{0,400}(?:\b[Tt]he (?:\w+ )?mixture\b|\b[Pp]reheat|\bset (?:\w+ )?aside\b)"),
+    ("opens by going on", r"\A(?:However|Thus|As a result|Then|Meanwhile|Now|(?:Next|Also)(?=,)|If (?:yes|no|so))\b"),
     ("points at a sibling", r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-     r"|\b[Rr]epeat (?:the|steps?)\b|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b"),
+     r"|\b[Rr]epeat (?:the|steps?)\b|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b|上述|如上"),
 ]
-BRINGS = [  # reason, what a part brings in, how a later one takes it up (unseen before), how often, title of the parts
+PRONOUN = re.compile(r'[^\w"“]{0,9}(?:\w{1,3}[.)])?[^\w"“]{0,9}(?:They|These|Those|This|She|He|It) [a-z]')
+STEPS = re.compile(r"(?i)(?:\b(?:steps?|instructions|directions|procedure|process|it works|pasos)\b|步骤)[^\n]*\s*\Z")
+COOKS = re.compile(r"(?i)\b(?:oven|bowl|skillet|saucepan|simmer|dough|blender|stir|heat|boil|shaker)\b")
+BRINGS = [  # reason, what a part brings in, how a later one takes it up, how often, title of the parts
     ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)", r"\d[\d,.]*\d", 1, ""),
-    ("uses a name that a sibling defines", r"(?m)(?:^[ \t]*|\b(?:def|let) )(\w{2,})(?= *=[^=]|\()", r"\w{2,}", 1, ""),
-    ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 2, ""),
-    ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4, r"\W*[A-Z]\w+ \d"),
+    ("uses a name of a sibling", r"(?m)^[ \t]*(?:(?:[a-z.-]+ ){0,3}(?:class|function|const|def|struct|startproject"
+     r"|startapp|mkdir) |(?=\w+ *(?:=[^=]|\()))(\w{2,})", r"\w{2,}", 1, ""),
+    ("uses a name of a sibling", r"\b(?:[Cc]reat|[Aa]dd|called)[a-z]* (?:[\w']+ ){0,4}`([^`\s]+)`", r"`(\S+?)`", 1, ""),
+    ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 3, ""),
+    ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4, r"\W*(?:Day|Chapter|Act|Page) [\dIV]"),
 ]
 
 
-def dependence(parts, titles, seen, start):
-    """Yields why the parts are not independent. seen: where each word is said first; start: of the block."""
+def dependence(parts, titles, text, start, said):
+    """Yields why a part needs another. start: of the block; said: where each word of the text is said first."""
     if len({bare(title).strip(" *:_").lower() for title in titles}) < len(titles):
         yield "titles are not distinct"
-    for reason, pattern in SAYS:
-        if any(re.search(pattern, bare(part)) for part in parts):
-            yield reason
+    bodies = [bare(part) for part in parts]
+    yield from (reason for reason, pattern in SAYS if any(re.search(pattern, body) for body in bodies))
+    if any(map(PRONOUN.match, parts)) and not PRONOUN.match(parts[0]):  # else it stands for what the lead is about
+        yield "opens with a pronoun for a sibling"
+    if STEPS.search(text, max(0, start - 150), start) and re.match(r"[\s*(]*\w{1,3}[.)]", parts[0]):
+        if sum(bool(COOKS.search(part)) for part in parts) > 1:
+            yield "steps of one recipe"
+        if 2 * sum(bool(LABEL_END.search(body[:60].split("\n")[0])) for body in bodies) < len(parts):
+            yield "steps without names"  # their titles do not tell the others what they do
+    known = {name.lower().rstrip("s") for title in titles for name in NAME.findall(title)}
     for reason, brings, takes_up, times, only in BRINGS:
-        brought, hits, titled = set(), 0, " ".join(titles).lower()
+        brought, hits = set(), 0
         for part, title in zip(parts, titles) if re.match(only, titles[0]) else ():
             own = set(re.findall(brings, part))
             taken = set(re.findall(takes_up, part[len(title):])) & brought - (set() if only else own)
-            hits += sum(seen.get(w.lower().rstrip("s"), -1) >= start and w.lower() not in titled for w in taken)
+            hits += sum(said.get(word, -1) >= start for word in {word.lower().rstrip("s") for word in taken} - known)
             brought |= own
         if hits >= times:
             yield reason
@@ -285,11 +297,11 @@ def group(parts, titles):
 
 def extract(text, prompt=""):
     """Segments of the answer, and its refused blocks as (reason, start, end)."""
-    segments, refusals, done, seen = [], [], 0, {}
+    segments, refusals, done, said = [], [], 0, {}
     for m in NAME.finditer(prompt + "\n" + text):  # where a word is first said; in the prompt: before 0
-        seen.setdefault(m[0].lower().rstrip("s"), m.start() - len(prompt) - 1)
+        said.setdefault(m[0].lower().rstrip("s"), m.start() - len(prompt) - 1)
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    starts, marks = [0, *accumulate(map(len, lines))], read_marks(lines)
+    starts, marks = [0, *itertools.accumulate(map(len, lines))], read_marks(lines)
     for run in find_runs(lines, marks):
         while run.nested and not marks[run.end - 1][0]:  # blank lines after the last part are the outer part's
             run.end -= 1
@@ -299,12 +311,12 @@ def extract(text, prompt=""):
         parts = [text[start:end] for start, end in zip(at, at[1:])]
         titles = name_parts(parts)
         size = group(parts, titles)
-        reason = next(dependence(parts, titles, seen, at[0]), "") if size else "saves no steps"
+        reason = next(dependence(parts, titles, text, at[0], said), "") if size else "saves no steps"
         if reason:
             refusals.append((reason, at[0], at[-1]))
         else:
-            segments.append(text[done:at[0]])
-            segments.append([Branch(titles[i], "".join(parts[i:i + size])) for i in range(0, len(parts), size)])
+            block = [Branch(titles[i], "".join(parts[i:i + size])) for i in range(0, len(parts), size)]
+            segments += [text[done:at[0]], block]
             done = at[-1]
     return [segment for segment in [*segments, text[done:]] if segment], refusals
 
@@ -312,33 +324,34 @@ def extract(text, prompt=""):
 # -----------------------------------------------------------------------------
 # the tokenizer: a tiktoken byte-level BPE, learnt here, known by name, or read from a published tokenizer.json
 
-# Every digit stands alone. The pattern means the same to `re`, which learns, and to tiktoken, which encodes.
-PATTERN = r" ?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+# The pattern means the same to `re`, which learns, and to tiktoken, which encodes.
+PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 # GPT-2's pattern, twice: as published, and after a pre-tokenizer has split the digits off one by one.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
-USER_FORM = ["{system}User: {prompt}\nAssistant:\n"]
+PLAIN_FORM = [["{}\n"], ["User: {}\nAssistant:\n"]]
 
 
 class Tokenizer:
     """
     Text <-> ids. Text never becomes a tag or another special token, whatever it contains.
     pattern: how text is cut into words; ranks: {a token's bytes: its id, which is also its merge priority}; eos: an id;
-    special: the ids of the tags, None for a published model that has none; chat: the form of a prompt, text and special
-    ids in turn; system: the default system text; nfc: normalise first. Tokenizer(**state()) is the same tokenizer.
+    special: the ids of the tags, None for a published model that has none; chat: the forms of system text and prompt,
+    lists of text and special ids; system: the default system text; nfc: normalise first; added: other ids in use.
+    Tokenizer(**state()) is the same tokenizer.
     """
 
-    def __init__(self, pattern, ranks, eos, special=None, chat=USER_FORM, system="", nfc=False):
+    def __init__(self, pattern, ranks, eos, special=None, chat=PLAIN_FORM, system="", nfc=False, added=()):
         self.pattern, self.ranks, self.eos, self.special = pattern, ranks, eos, special and Special(*special)
-        self.chat, self.system, self.nfc = chat, system, nfc
+        self.chat, self.system, self.nfc, self.added = chat, system, nfc, added
         self.encoding = tiktoken.Encoding("aspd", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bytes = {i: token for token, i in ranks.items()}
         self.lacking = {b for b in range(256) if bytes([b]) not in ranks}  # rare bytes that a published one may lack
 
     def state(self):
         """Plain values for a checkpoint."""
-        return {**{k: getattr(self, k) for k in ("pattern", "ranks", "eos", "chat", "system", "nfc")},
-                "special": self.special and tuple(self.special)}
+        names = "pattern", "ranks", "eos", "chat", "system", "nfc", "added"
+        return {**{name: getattr(self, name) for name in names}, "special": self.special and tuple(self.special)}
 
     def encode(self, text):
         """str -> list of ids. What UTF-8 cannot write and characters with a lacking byte become U+FFFD."""
@@ -354,14 +367,13 @@ class Tokenizer:
 
     def prompt(self, text, system=None):
         """A user's text in the model's own chat form -> list of ids."""
-        fill = {"prompt": text, "system": self.system if system is None else system}
-        form = self.chat[4:] if not fill["system"] and "system\n{system}" in self.chat else self.chat  # no empty turn
-        ids = [[p] if isinstance(p, int) else self.encode(p.format(**fill)) for p in form]
-        return sum(ids, [])
+        system = self.system if system is None else system
+        parts = [(p, system) for p in self.chat[0] if system] + [(p, text) for p in self.chat[1]]
+        return [i for p, fill in parts for i in ([p] if isinstance(p, int) else self.encode(p.format(fill)))]
 
-    def add_tags(self, used=()):
-        """Gives the tags the first ids that neither the tokenizer nor its added tokens (`used`) use -> self."""
-        taken = {*self.bytes, *used, self.eos}
+    def add_tags(self):
+        """Gives the tags the first ids that neither the tokenizer nor its added tokens use -> self."""
+        taken = {*self.bytes, *self.added, self.eos}
         self.special = Special(*itertools.islice((i for i in itertools.count() if i not in taken), 6), self.eos)
         return self
 
@@ -373,104 +385,94 @@ class Tokenizer:
 
 def learn_bpe(text, vocab_size=2048):
     """
-    Byte pair encoding learnt from text -> ranks. tiktoken's own trainer rescans the whole text at every merge (minutes
-    for a megabyte); this one counts each distinct word once and revisits only the words that a merge changes.
+    Byte pair encoding learnt from text -> ranks. tiktoken's own trainer goes over the whole text at every merge, minutes
+    for a megabyte; this one holds each common word once and touches only the words that a merge changes.
     """
-    words = [([bytes([b]) for b in word.encode("utf-8", "replace")], n) for word, n in Counter(re.findall(PATTERN, text)).items()]
-    pairs, where = Counter(), defaultdict(set)
+    words = [(word.encode("utf-8", "replace"), n) for word, n in Counter(re.findall(PATTERN, text)).most_common(9999)]
+    words = [(word, [bytes([b]) for b in word], n) for word, n in words]
+    ranks, pairs = {bytes([b]): b for b in range(256)}, Counter()
 
-    def count(i, sign):
-        parts, n = words[i]
-        for pair in zip(parts, parts[1:]):
-            pairs[pair] += sign * n
-            where[pair].add(i)
+    def count(parts, n):
+        for pair in itertools.pairwise(parts):
+            pairs[pair] += n
 
-    for i in range(len(words)):
-        count(i, 1)
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size and pairs:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+    for _, parts, n in words:
+        count(parts, n)
+    while len(ranks) < vocab_size:
+        best = max(pairs, key=pairs.get, default=None)
         if pairs[best] < 2:
             break
-        ranks[b"".join(best)] = len(ranks)
-        for i in where.pop(best):
-            count(i, -1)
-            merged = []
-            for part in words[i][0]:
-                if merged and (merged[-1], part) == best:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            words[i] = merged, words[i][1]
-            count(i, 1)
-        del pairs[best]
+        new = best[0] + best[1]
+        ranks[new] = len(ranks)
+        for word, parts, n in words:
+            if new in word:
+                count(parts, -n)
+                for i in range(len(parts) - 1, 0, -1):
+                    if (parts[i - 1], *parts[i:i + 1]) == best:
+                        parts[i - 1:i + 1] = [new]
+                count(parts, n)
     return ranks
 
 
 def make_tokenizer(name, texts):
-    """
-    "bpe": learnt from the texts; a folder: its tokenizer; else a tiktoken name, which tiktoken may have to download.
-    With tags.
-    """
+    """"bpe": learnt from the texts; a folder: its tokenizer; else a name that tiktoken knows. With tags."""
     if name == "bpe":
         ranks = learn_bpe("".join(itertools.islice(texts, 2000)))
         return Tokenizer(PATTERN, ranks, eos=len(ranks)).add_tags()
     if Path(name).is_dir():
-        tokenizer, used = published_tokenizer(name)
-        return tokenizer.add_tags(used)
+        return published_tokenizer(name).add_tags()
     encoding = tiktoken.get_encoding(name)
     return Tokenizer(encoding._pat_str, encoding._mergeable_ranks, encoding.eot_token).add_tags()
 
 
 def published_tokenizer(path):
     """
-    The byte-level BPE of a published folder -> (a Tokenizer with the same ids and without tags, its added ids).
-    ValueError naming a setting of tokenizer.json that would change ids and is not implemented.
+    The byte-level BPE of a published folder -> a Tokenizer with the same ids, without tags. ValueError naming a setting
+    of tokenizer.json that would change ids and is not implemented.
     """
-    def refuse_unless(ok, what):
-        if not ok:
+    def refuse(what, unless=False):
+        if not unless:
             raise ValueError(f"{path}/tokenizer.json: {what} is not supported")
 
-    read = lambda name: Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
-    refuse_unless(read("tokenizer.json"), "a tokenizer without this file (SentencePiece)")
-    t, config = (parse_json((read(name) or "{}").encode(), f"{path}/{name}") for name in ("tokenizer.json", "tokenizer_config.json"))
-    model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
-    refuse_unless(model.get("type") == "BPE" and not model.get("byte_fallback"), f"the model {model.get('type')}, byte fallback")
-    refuse_unless(normalizer in (None, "NFC"), f"the normalizer {normalizer}")
-    merges = ["".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model["merges"]]
-    ids = [model["vocab"][token] for token in merges]
-    refuse_unless(ids == sorted(ids), "a vocabulary in another order than the merges")
-    added = {a["content"]: a["id"] for a in t["added_tokens"]}
+    def read(name):
+        return Path(path, name).read_bytes() if Path(path, name).exists() else b""
+
+    refuse("a tokenizer without this file (SentencePiece)", unless=read("tokenizer.json"))
+    t, config = (parse_json(read(name) or b"{}", f"{path}/{name}") for name in ("tokenizer.json", "tokenizer_config.json"))
+    model, added = t["model"], {a["content"]: a["id"] for a in t["added_tokens"]}
+    normalizer, eos = (t.get("normalizer") or {}).get("type"), config.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    template = read("chat_template.jinja").decode() or config.get("chat_template") or ""
+    refuse(f"the model {model.get('type')}, byte fallback", model.get("type") == "BPE" and not model.get("byte_fallback"))
+    refuse(f"the normalizer {normalizer}", normalizer in (None, "NFC"))
+    refuse(f"the eos_token {eos}", eos in added)
+    refuse("a chat template other than ChatML", not template or "<|im_start|>" in template)
+    merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
+    refuse("a vocabulary in another order than the merges", merged == sorted(merged))
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes every byte as a visible character:
     hidden = [b for b in range(256) if b not in visible]             # these as themselves, the others from 256 on
     to_byte = {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
-    template = read("chat_template.jinja") or config.get("chat_template") or ""
-    refuse_unless(not template or "<|im_start|>" in template, "a chat template other than ChatML")
-    chat, system = ["{system}{prompt}\n"], ""
+    chat, system = [["{}\n"], ["{}\n"]], None
     if template:
         start, end = added["<|im_start|>"], added["<|im_end|>"]
-        chat = [start, "system\n{system}", end, "\n", start, "user\n{prompt}", end, "\n", start, "assistant\n"]
-        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", template)
-        system = default[1] if default else ""
-    eos = config.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    refuse_unless(eos in added, f"the eos_token {eos}")
-    eos = added[eos]
-    return Tokenizer(split_pattern(t, refuse_unless), ranks, eos, None, chat, system, normalizer == "NFC"), list(added.values())
+        chat = [[start, "system\n{}", end, "\n"], [start, "user\n{}", end, "\n", start, "assistant\n"]]
+        system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", template)
+    return Tokenizer(split_pattern(t, refuse), ranks, added[eos], None, chat, system[1] if system else "",
+                     normalizer == "NFC", list(added.values()))
 
 
-def split_pattern(t, refuse_unless):
+def split_pattern(t, refuse):
     """The pre_tokenizer of a tokenizer.json -> the pattern that cuts text the same way."""
     pre = t.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
     kinds, last = [p.get("type") for p in parts], parts[-1]
-    refuse_unless(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"), f"the pre_tokenizer {parts}")
+    refuse(f"the pre_tokenizer {parts}", last.get("type") == "ByteLevel" and not last.get("add_prefix_space"))
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        refuse_unless(parts[0]["behavior"] == "Isolated" and not parts[0].get("invert"), f"the split {parts[0]}")
+        refuse(f"the split {parts[0]}", parts[0]["behavior"] == "Isolated" and not parts[0].get("invert"))
         return parts[0]["pattern"]["Regex"]
     digits = kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]
-    refuse_unless((digits or len(kinds) == 1) and last.get("use_regex", True), f"the pre_tokenizer {parts}")
+    refuse(f"the pre_tokenizer {parts}", (digits or len(kinds) == 1) and last.get("use_regex", True))
     return GPT2_DIGITS if digits else GPT2
 
 
@@ -479,7 +481,7 @@ def split_pattern(t, refuse_unless):
 # A topic: noun | verb | how least and most are called | what a short list gives, and which column has it; the three
 # sentences of a thing; then the things and what goes into their sentences, least first.
 TOPICS = """\
-planets|is|small|larg|positions|{1}
+planets|is|smallest|largest|positions|{1}
 The {1} planet from the Sun, about {2} km across at its equator.
 {0} goes around the Sun in about {3} and turns once on its axis in about {4}.
 {0} is named after the {5}, and it is best known for {6}.
@@ -492,7 +494,7 @@ Uranus|seventh|51,100|84 years|17 hours|Greek god of the sky|a tilt so strong th
 Saturn|sixth|121,000|29 years|11 hours|Roman god of farming|wide bright rings made of ice and rock
 Jupiter|fifth|143,000|12 years|10 hours|king of the Roman gods|the Great Red Spot, a storm seen for centuries
 
-animals|are|light|heavi|young|{6}
+animals|are|lightest|heaviest|young|{6}
 {1} that feed mostly on {2} and weigh about {3} kg when fully grown.
 {0} stand out in two ways: they have {4}, and they {5}.
 {0} raise young called {6}, which stay close to a parent at first.
@@ -505,7 +507,7 @@ giraffes|Mammals of the African savanna|acacia leaves|1,000|a neck about two met
 hippos|Bulky mammals of African rivers|grass|1,500|jaws that open very wide|keep cool in water all day|calves
 elephants|Mammals of Africa and Asia|grass and bark|5,000|a trunk that is nose and arm in one|talk in low rumbles|calves
 
-countries|is|small|larg|capitals|{2}
+countries|is|smallest|largest|capitals|{2}
 A country in {1} with {2} as its capital and the {3} as its currency.
 {0} covers about {4} square km, and its longest river is the {5}.
 {0} has a flag with {6}, and most visitors come for {7}.
@@ -529,13 +531,12 @@ To make the {0}:
 
 Enjoy your {0}!"""
 VEGETABLES = "beans carrots leeks mushrooms onions peas potatoes tomatoes".split()
-COUNT = "zero one two three four five six seven eight".split()
 LISTS = {  # opening; what stands before, between and after the sentences of a branch
-    "numbered": ("Here are the {} {}, one by one:", "{}. {}: ", " ", "\n"),
-    "bulleted": ("Here is what to know about the {} {}:", "- **{1}**: ", " ", "\n"),
-    "headed": ("This is a short guide to the {} {}.", "### {1}\n\n", " ", "\n\n"),
-    "labelled": ("The {} {} differ in several ways.", "**{1}**: ", " ", "\n\n"),
-    "nested": ("Key facts about the {} {}:", "- **{1}**\n  - ", "\n  - ", "\n"),
+    "numbered": ("Here are the {}, one by one:", "{}. {}: ", " ", "\n"),
+    "bulleted": ("Here is what to know about the {}:", "- **{1}**: ", " ", "\n"),
+    "headed": ("This is a short guide to the {}.", "### {1}\n\n", " ", "\n\n"),
+    "labelled": ("The {} differ in several ways.", "**{1}**: ", " ", "\n\n"),
+    "nested": ("Key facts about the {}:", "- **{1}**\n  - ", "\n  - ", "\n"),
 }
 PROMPTS = {
     "numbered": ("Make a numbered list about {}.", "Walk me through {}, one by one.", "Give me a numbered list on {}."),
@@ -555,44 +556,38 @@ def listing(words):
     return ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def conclusion(topic, rows):
-    """What only the whole answer can tell: the least and the most of the things in it."""
-    verb, low, high = topic[0][1:4]
-    end = "er" if len(rows) == 2 else "est"
-    return f"Overall, {rows[-1][0]} {verb} the {high}{end} of the {COUNT[len(rows)]} and {rows[0][0]} the {low}{end}."
-
-
 def list_answer(topic, rows, kind):
-    """An opening, a branch a thing, a conclusion."""
-    opening, before, between, after = LISTS[kind]
-    answer = opening.format(COUNT[len(rows)], topic[0][0]) + "\n\n"
+    """An opening, a branch a thing, and a conclusion that only the whole answer can tell."""
+    (noun, verb, least, most, *_), (opening, before, between, after) = topic[0], LISTS[kind]
+    answer = opening.format(noun) + "\n\n"
     for i, (name, *row) in enumerate(rows, 1):
         name = name.capitalize()
         answer += before.format(i, name) + between.join(line.format(name, *row) for line, in topic[1:4]) + after
-    return answer.rstrip() + "\n\n" + conclusion(topic, rows)
+    return answer.rstrip() + f"\n\nOverall, {rows[0][0]} {verb} the {least} and {rows[-1][0]} the {most}."
 
 
 def draw(kind, rng):
-    """(what the answer is about, what goes into the prompt, the answer). Things stand in the order of their table."""
+    """(what the answer is about, the words for the prompt, the answer), which has its things in the order of the table."""
     if kind == "sums":
         numbers = sorted(rng.sample(range(1, 10), rng.choice((3, 4))))
-        words, totals = listing([str(n) for n in numbers]), list(itertools.accumulate(numbers))
+        totals = list(itertools.accumulate(numbers))
         steps = [f"{i}. {t - n} + {n} = {t}." for i, (n, t) in enumerate(zip(numbers[1:], totals[1:]), 1)]
-        return numbers, [words], "\n".join([f"Adding {words}:", "", *steps, "", f"The total is {totals[-1]}."])
+        words = [str(n) for n in rng.sample(numbers, len(numbers))]
+        return words, [listing(words)], "\n".join(["Smallest first:", "", *steps, "", f"The total is {totals[-1]}."])
     if kind == "steps":
-        foods, dish = sorted(rng.sample(VEGETABLES, rng.choice((2, 3, 4)))), rng.choice(("soup", "stew"))
-        return foods, [listing(foods), dish], SOUP.format(dish, listing(foods), foods[-1])
-    sizes = {"two-lists": (3, 4, 4), "short-list": (2, 3, 4), "prose": (2, 2, 3)}.get(kind, (2, 3, 4, 5, 5, 6, 6, 6, 7, 7, 8))
-    topics = rng.sample(TOPICS, 2 if kind == "two-lists" else 1)
-    picks = [sorted(rng.sample(topic[4:], rng.choice(sizes)), key=topic.index) for topic in topics]
+        foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
+        return foods, [listing(foods), dish], SOUP.format(dish, listing(sorted(foods)), max(foods))
+    sizes = {"two-lists": (3, 4, 4), "short-list": (2, 3, 4), "prose": (2, 2, 3)}.get(kind, (2, 3, 4, 5, 5, 6, 6, 6, 7, 8))
+    topics = sorted(rng.sample(TOPICS, 2 if kind == "two-lists" else 1), key=TOPICS.index)
+    picks = [rng.sample(topic[4:], rng.choice(sizes)) for topic in topics]
     about, words = [row[0] for rows in picks for row in rows], [listing([row[0] for row in rows]) for rows in picks]
+    picks = [sorted(rows, key=topic.index) for topic, rows in zip(topics, picks)]
     topic, rows, asked, value = topics[0], picks[0], *topics[0][0][-2:]
     if kind == "prose":
-        lines = [line.format(name.capitalize(), *row) for name, *row in rows for line, in topic[2:4]]
-        return about, words, " ".join([f"A few words on {words[0]}.", *lines, conclusion(topic, rows)])
+        return about, words, " ".join(line.format(name.capitalize(), *row) for name, *row in rows for line, in topic[2:4])
     if kind == "short-list":
         lines = [f"- {row[0].capitalize()}: {value.format(*row)}" for row in rows]
-        return about, [*words, asked], "\n".join([f"Here are the {asked} of {words[0]}:", "", *lines])
+        return about, [*words, asked], "\n".join([f"Here are the {asked}:", "", *lines])
     kinds = ("bulleted", "numbered") if kind == "two-lists" else (kind,)
     return about, words, "\n\n".join(map(list_answer, topics, picks, kinds))
 
@@ -624,36 +619,44 @@ def facts_right(answer, facts):
 
 def split_held_out(records, percent=2):
     """(train, held out): by prompt, so that no prompt is on both sides; the same split on every run."""
-    held = [zlib.crc32(r["prompt"].encode("utf-8", "replace")) % 100 < percent for r in records]
-    return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
+    sides = [], []
+    for r in records:
+        sides[zlib.crc32(r["prompt"].encode("utf-8", "replace")) % 100 < percent].append(r)
+    return sides
 
 
 def make_rows(records, tokenizer, config, mode="aspd", limit=None):
     """
-    Lays every answer out, tagged ("aspd") or as it stands ("serial") -> (rows, their tallied Stats).
-    An answer longer than the limit (tokens; none: the context), or with a branch longer than the stride, is left out,
-    in both modes alike.
+    Lays every answer out, tagged ("aspd") or as it stands ("serial") -> (rows, their tallied Stats). An answer longer
+    than the limit (tokens; none: the context), or with a branch longer than the stride, is left out in both modes.
     """
-    special = tokenizer.special or Special(*[tokenizer.eos] * 7)  # without tags only lengths count
+    special, limit = tokenizer.special or Special(*[tokenizer.eos] * 7), min(limit or config.block_size, config.block_size)
     rows, total = [], Counter()
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
-        segments, _ = extract(r["response"], r["prompt"])
-        prompt, ids = tokenizer.prompt(r["prompt"]), tokenize(segments, tokenizer.encode)
+        prompt, ids = tokenizer.prompt(r["prompt"]), tokenize(extract(r["response"], r["prompt"])[0], tokenizer.encode)
         try:
             row = layout(prompt, ids, special, config.positions, config.stride)
         except ValueError:  # a branch is longer than the stride
             continue
-        if max(row.position.max(), len(row.token) - 1) < min(limit or config.block_size, config.block_size):
+        if max(row.position.max() + 1, len(row.token)) <= limit:
             rows.append(row if mode == "aspd" else layout(prompt, [tokenizer.encode(r["response"])], special))
             tally(total, stats(ids))
     return rows, total
 
 
-def batches(n, batch_size, seed):
-    """Endlessly yields arrays of batch_size indices below n: every epoch a new order, which depends on the seed alone."""
+def batches(lengths, batch_size, seed):
+    """
+    Endlessly yields arrays of batch_size indices into lengths (N,). Every epoch has a new order, which depends on the
+    seed alone; the answers of a batch are of like length, so that little is padding.
+    """
+    n, window = len(lengths), 32 * batch_size
     for epoch in itertools.count():
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-        yield from np.split(order, range(batch_size, n, batch_size))
+        rng, epoch_batches = np.random.default_rng([seed, epoch]), []
+        for part in np.split(rng.permutation(n), range(window, n, window)):
+            part = part[np.argsort(lengths[part], kind="stable")]
+            epoch_batches += np.split(part, range(batch_size, len(part), batch_size))
+        for i in rng.permutation(len(epoch_batches)):
+            yield epoch_batches[i]
 
 
 def micro_batches(rows, tokens):
@@ -699,12 +702,15 @@ def show(record, segments, refusals):
         print(paint(2, f"    refused, {reason}: {record['response'][start:start + 60]!r}"))
 
 
-def table(totals):
-    """Prints the paper's figures, a row a category. totals: {category: tallied Counter}."""
+def report(totals, reasons):
+    """Prints the paper's figures, a row a category, and why blocks were refused. totals: {category: tallied Counter}."""
     print(f"\n{'category':<16}{'answers':>8}{'PPD':>8}{'ABN':>8}{'APD':>8}{'APE':>8}{'speedup':>9}{'best':>7}")
     for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
         print("{:<16}{answers:>8}{PPD:>8.1%}{ABN:>8.2f}{APD:>8.1%}{APE:>8.1%}{speedup:>9.2f}{best:>7.2f}".format(
             name, **summary(total)))
+    print("\nblocks refused:" if reasons else "\nno block was refused")
+    for reason, n in reasons.most_common():
+        print(f"{n:>8}  {reason}")
 
 
 def parse_args():
@@ -713,16 +719,15 @@ def parse_args():
                                            "none: the built-in corpus")
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     p.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their blocks (default: 0)")
-    p.add_argument("--tokenizer", default="bpe", help="counts tokens: bpe (learnt from the answers, the default), a tiktoken "
-                                                      "name, or a published model's folder")
+    p.add_argument("--tokenizer", default="bpe", help="counts tokens: bpe (learnt from the answers, the default), a "
+                                                      "tiktoken name, or a published model's folder")
     return p.parse_args()
 
 
 def main():
-    args = parse_args()
+    args, totals, reasons = parse_args(), defaultdict(Counter), Counter()
     records = lambda: read_records(args.file) if args.file else corpus()
     tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records()))
-    totals, reasons = defaultdict(Counter), Counter()
 
     def lines():
         for n, r in enumerate(tqdm(records(), desc="answers", disable=None)):
@@ -736,15 +741,8 @@ def main():
             blocks = [s if isinstance(s, str) else {"branches": [b._asdict() for b in s]} for s in segments]
             yield json.dumps({**{k: v for k, v in r.items() if k != "response"}, "segments": blocks}, ensure_ascii=False)
 
-    if args.out:
-        write_whole(args.out, lines())
-    else:
-        for _ in lines():
-            pass
-    table(totals)
-    print("\nblocks refused:" if reasons else "\nno block was refused")
-    for reason, n in reasons.most_common():
-        print(f"{n:>8}  {reason}")
+    write_whole(args.out or os.devnull, lines()) if args.out else [None for _ in lines()]
+    report(totals, reasons)
 
 
 if __name__ == "__main__":

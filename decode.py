@@ -19,13 +19,12 @@ import os
 import shutil
 import sys
 import time
-import unicodedata
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from aspd import branch_positions, is_block, plain
 from data import Tokenizer, cli, published_tokenizer, read_prompts, write_whole
@@ -36,15 +35,14 @@ TITLE_CAP = 32   # tokens of a title at most
 MIN_BRANCH = 8   # tokens that every branch can count on after its title
 MAX_BRANCHES = 16
 
-
 # -----------------------------------------------------------------------------
-# grammar: which tokens may come next. One row of a table a state, so that a compiled step can look it up.
+# one pass: grammar, model, sampling
 
-TEXT_ONLY, SERIAL, TITLE_START, TITLE, AFTER_TITLE, BRANCH = range(6)
+TEXT_ONLY, SERIAL, TITLE_START, TITLE, AFTER_TITLE, BRANCH = range(6)  # states of the grammar
 
 
-def grammar(tokenizer, vocab_size, device):
-    """(6, V) bool: the ids allowed in each state. Ids without a token are allowed nowhere."""
+def grammar(tokenizer, vocab_size):
+    """(6, V) bool: the ids allowed in each state, a row a state. Ids without a token are allowed nowhere."""
     allow = torch.zeros(6, vocab_size, dtype=torch.bool)
     allow[[TEXT_ONLY, SERIAL, TITLE_START, TITLE, BRANCH], torch.tensor(sorted(tokenizer.bytes))[:, None]] = True
     allow[TEXT_ONLY, tokenizer.eos] = True
@@ -53,7 +51,7 @@ def grammar(tokenizer, vocab_size, device):
         allow[TITLE, tags.title_end] = True
         allow[AFTER_TITLE, [tags.title, tags.para]] = True
         allow[BRANCH, [tags.eos, tags.branch_end]] = True  # end-of-text in a branch only ends the branch
-    return allow.to(device)
+    return allow
 
 
 def sample(logits, u, temperature, top_k, top_p):
@@ -81,26 +79,29 @@ def forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling):
     token, position, slot, branch, pick, state = feed
     pick, state = pick[:lanes], state[:lanes]
     cache.owner[slot] = branch
-    mask = cache.mask(slot, branch, seen)
-    logits = model(token[None], position[None], mask, cache, slot, pick)
+    logits = model(token[None], position[None], cache.mask(slot, branch, seen), cache, slot, pick)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     allowed = logits.masked_fill(~allow[state], -torch.inf)
     return sample(allowed, uniform[branch[pick], position[pick]], *sampling), logits
 
 
 # -----------------------------------------------------------------------------
-# a loaded model, and the engine that decodes one answer with it
+# a model ready to decode
 
 class LM:
-    """A model ready to decode. allow: grammar(); step: forward_pass, perhaps compiled; cache: kept from answer to answer."""
+    """
+    A model, its tokenizer and what is kept from answer to answer: the grammar's table, the cache and the step, which is
+    forward_pass, perhaps compiled. Compiled, shapes come in buckets, and each is compiled and run once ahead.
+    """
 
     def __init__(self, model, tokenizer, compile=False):
         self.model, self.tokenizer, self.compiled = model.eval().requires_grad_(False), tokenizer, compile
-        self.device, self.cache, self.step = model.wte.weight.device, None, forward_pass
-        self.allow = grammar(tokenizer, model.config.vocab_size, self.device)
+        self.device, self.cache, self.step, self.warm = model.wte.weight.device, None, forward_pass, set()
+        self.allow = grammar(tokenizer, model.config.vocab_size).to(self.device)
         if compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
-            self.step = torch.compile(forward_pass, fullgraph=True, mode=mode)
+            self.step = torch.compile(forward_pass, fullgraph=True, dynamic=True, mode=mode)
+            self.reserve(model.config.block_size)  # once: CUDA graphs keep its address
 
     def reserve(self, slots):
         """An empty cache of at least so many slots."""
@@ -108,6 +109,31 @@ class LM:
             self.cache = KVCache(self.model.config, bucket(slots, 256), self.model.wte.weight.dtype, self.device)
         self.cache.owner.zero_()
         return self.cache
+
+    def uniform(self, sampling, seed):
+        """The random numbers of an answer, drawn ahead: one for each branch (0 is the serial stream) and position."""
+        shape = MAX_BRANCHES + 1, self.model.config.block_size
+        draw = torch.Generator().manual_seed(seed)
+        return (torch.rand(shape, generator=draw) if sampling[0] > 0 else torch.zeros(shape)).to(self.device)
+
+    def warm_up(self, sampling, slots):
+        """Compiles the step and runs it at every shape that so many slots can need, once."""
+        shapes = {(1 << w, 256 << s, sampling) for s in range(bucket(slots, 256).bit_length() - 8) for w in range(9 + s)}
+        for W, seen, _ in tqdm(sorted(shapes - self.warm), "compiling", leave=False):
+            for _ in range(3):  # CUDA graphs: warm-up, recording, replay
+                self.run([[]] * 6, W, seen, self.uniform(sampling, 0), sampling)
+        self.warm |= shapes
+
+    def run(self, rows, W, seen, uniform, sampling):
+        """One pass. rows: the six lists that forward_pass calls feed, padded here to W columns -> chosen tokens, a list."""
+        feed = np.zeros((6, W), dtype=np.int64)
+        feed[2], feed[3] = self.cache.slots, -1  # padding writes to the reserved slot, as a branch that nobody is
+        for whole, row in zip(feed, rows):
+            whole[:len(row)] = row
+        lanes = min(W, MAX_BRANCHES) if self.compiled else len(rows[4])
+        feed = torch.from_numpy(feed).to(self.device)
+        chosen, _ = self.step(self.model, self.cache, self.allow, uniform, feed, seen, lanes, sampling)
+        return chosen[:len(rows[4])].tolist()  # the one synchronisation of a pass
 
 
 def load(path="out", device="cpu", dtype=None, compile=False):
@@ -117,20 +143,23 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     """
     check_device(device)
     if Path(path, "config.json").exists():
-        model, (tokenizer, _) = from_published(path), published_tokenizer(path)
+        model, tokenizer = from_published(path), published_tokenizer(path)
     else:
         state = read_checkpoint(path)
-        model, tokenizer = from_checkpoint(state), Tokenizer(**state["tokenizer"])
+        model, tokenizer = from_checkpoint(state, path), Tokenizer(**state["tokenizer"])
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has ids up to {tokenizer.vocab_size}, the model {model.config.vocab_size}")
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
     return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 
 
 def bucket(n, least=1):
-    """The next power of two that is at least n, and at least `least`: few shapes, so few compilations."""
+    """The next power of two that is at least n, and at least `least`: few shapes."""
     return max(least, 1 << (n - 1).bit_length())
 
+
+# -----------------------------------------------------------------------------
+# the engine
 
 # What generate() returns. text: the plain answer; tokens: of the plain answer; steps: forward passes after prefill;
 # seconds: wall-clock, prefill included; ttft: seconds to the first token; blocks: for each block the tokens of each
@@ -138,41 +167,38 @@ def bucket(n, least=1):
 Answer = namedtuple("Answer", "prompt text mode tokens steps seconds ttft blocks finish segments")
 
 
-@dataclass
-class Lane:
-    """A live branch: its number, its tokens after the title, and the token chosen but not fed yet, with its position."""
-    branch: int
-    rest: list
-    position: int
-    token: int
-
-
 class Engine:
     """The state of one answer being decoded. Its methods follow the states of the picture above."""
 
     def __init__(self, lm, prompt, mode, max_new_tokens, sampling, seed, max_branches, watch):
         self.lm, self.mode, self.sampling, self.max_branches, self.watch = lm, mode, sampling, max_branches, watch
-        self.tags, self.config = lm.tokenizer.special, lm.model.config
+        self.tags, self.config, self.prompt = lm.tokenizer.special, lm.model.config, prompt
         self.budget = min(max_new_tokens, self.config.block_size - len(prompt))  # row tokens that may still be fed
         self.cache = lm.reserve(len(prompt) + self.budget)
-        self.slot = 0                             # tokens fed so far, so also the next slot
-        self.position = 0                         # of the next serial token
+        self.uniform = lm.uniform(sampling, seed)
+        self.slot, self.position = 0, len(prompt)  # the next slot; the position of the next serial token
         self.segments, self.in_block = [[]], False
-        self.cut = False                          # whether the budget or the context cut anything
-        self.steps = -1                           # prefill is no step
-        self.uniform = torch.zeros(1, 1, device=lm.device).expand(MAX_BRANCHES + 1, self.config.block_size)
-        if sampling[0] > 0:  # drawn ahead: one number a branch and position
-            draw = torch.Generator().manual_seed(seed)
-            self.uniform = torch.rand(self.uniform.shape, generator=draw, dtype=torch.float64).to(lm.device)
+        self.steps, self.cut = -1, False           # prefill is no step; whether budget or context cut anything
 
-    def run(self, prompt):
+    def feed(self, tokens, positions, branches, pick, states):
+        """One pass: feeds W tokens at the next W slots; returns the tokens chosen after those at `pick`."""
+        W, seen = len(tokens), self.slot + len(tokens)
+        rows = tokens, positions, range(self.slot, seen), branches, pick, states
+        self.slot, self.steps = seen, self.steps + 1
+        if self.lm.compiled:  # few shapes
+            W, seen = bucket(W), bucket(seen, 256)
+        chosen = self.lm.run(rows, W, seen, self.uniform, self.sampling)
+        if self.watch:
+            self.watch(self)
+        return chosen
+
+    def run(self):
         """Prefill, then serial text and blocks until end-of-text or until nothing is left."""
-        T = len(prompt)
-        self.position = T
-        token, = self.feed(prompt, range(T), [0] * T, [T - 1], [self.serial_state()])
+        T = len(self.prompt)
+        token, = self.feed(self.prompt, range(T), [0] * T, [T - 1], [self.serial_state()])
         self.ttft = time.perf_counter()
         while token != self.lm.tokenizer.eos:
-            if self.left() < 1:
+            if min(self.budget, self.config.block_size - self.position) < 1:
                 self.cut = True
                 break
             if self.tags and token == self.tags.title:
@@ -181,37 +207,12 @@ class Engine:
                 self.segments[-1].append(token)
                 token = self.serial(token)
 
-    def feed(self, tokens, positions, branches, pick, states):
-        """One pass: feeds W tokens at the next W slots; returns the tokens chosen after those at `pick`."""
-        W, L, seen = len(tokens), len(pick), self.slot + len(tokens)
-        if self.lm.compiled:  # a few static shapes
-            width = bucket(W) if W <= MAX_BRANCHES else bucket(W, 64)
-            lanes, seen = min(width, MAX_BRANCHES), bucket(seen, 256)
-        else:
-            width, lanes, seen = W, L, min(-(-seen // 64) * 64, self.cache.slots)
-        feed = np.zeros((6, width), dtype=np.int64)
-        feed[2:4, W:] = [[self.cache.slots], [-1]]  # padding writes to the reserved slot, as a branch that nobody is
-        feed[:4, :W] = tokens, positions, range(self.slot, self.slot + W), branches
-        feed[4:, :L] = pick, states
-        feed = torch.from_numpy(feed).to(self.lm.device)
-        chosen, _ = self.lm.step(self.lm.model, self.cache, self.lm.allow, self.uniform, feed, seen, lanes, self.sampling)
-        self.slot += W
-        self.steps += 1
-        return chosen[:L].tolist()  # the one synchronisation of a pass
-
-    def left(self):
-        """How many serial tokens the budget and the context still hold."""
-        return min(self.budget, self.config.block_size - self.position)
-
     def serial(self, token, state=None):
         """Feeds one serial token; returns the next, chosen in the given grammar state (by default: serial text)."""
         self.budget -= 1
         self.position += 1
         state = self.serial_state() if state is None else state
-        token, = self.feed([token], [self.position - 1], [0], [0], [state])
-        if self.watch:
-            self.watch(self)
-        return token
+        return self.feed([token], [self.position - 1], [0], [0], [state])[0]
 
     def serial_state(self):
         """Serial text, with or without the choice to open a block."""
@@ -262,34 +263,24 @@ class Engine:
         starts, _ = branch_positions(self.position + 1, sizes, config.positions, config.stride)
         positions = [self.position] + [start + j for start, size in zip(starts, sizes) for j in range(size)]
         owners = [0] + [i + 1 for i, size in enumerate(sizes) for _ in range(size)]
-        chosen = self.feed([tags.para] + sum(prefixes, []), positions, owners, np.cumsum(sizes), [BRANCH] * n)
-        lanes = [Lane(i + 1, block[i][1], starts[i] + sizes[i], chosen[i]) for i in range(n)]
-        for live in [lanes] if self.mode == "adaptive" else [[lane] for lane in lanes]:
+        token = self.feed([tags.para] + sum(prefixes, []), positions, owners, np.cumsum(sizes), [BRANCH] * n)
+        for live in [range(n)] if self.mode == "adaptive" else [[i] for i in range(n)]:
             while live:
-                live = self.parallel(live, quota)
+                for i in live:  # end-of-text ends a branch, and so does its quota
+                    over = len(block[i][1]) == quota and token[i] not in (tags.branch_end, tags.eos)
+                    self.cut |= over
+                    token[i] = tags.branch_end if over or token[i] == tags.eos else token[i]
+                fed = [token[i] for i in live]
+                chosen = self.feed(fed, [starts[i] + sizes[i] for i in live], [i + 1 for i in live], range(len(live)),
+                                   [BRANCH] * len(live))
+                for i, old, new in zip(live, fed, chosen):
+                    sizes[i] += 1
+                    token[i] = new
+                    block[i][1].extend([old] if old != tags.branch_end else [])
+                live = [i for i, old in zip(live, fed) if old != tags.branch_end]
         self.cache.owner.zero_()  # the block's slots become shared
-        sizes = [lane.position - start for lane, start in zip(lanes, starts)]
         _, self.position = branch_positions(self.position + 1, sizes, config.positions, config.stride)
         self.budget -= 1 + sum(sizes)
-
-    def parallel(self, live, quota):
-        """One pass over the live branches. Returns those that go on."""
-        end = self.tags.branch_end
-        for lane in live:
-            over = len(lane.rest) == quota and lane.token not in (end, self.tags.eos)
-            self.cut |= over
-            if over or lane.token == self.tags.eos:
-                lane.token = end
-        fed = [lane.token for lane in live]
-        chosen = self.feed(fed, [lane.position for lane in live], [lane.branch for lane in live], range(len(live)),
-                           [BRANCH] * len(live))
-        for lane, token in zip(live, chosen):
-            if lane.token != end:
-                lane.rest.append(lane.token)
-            lane.token, lane.position = token, lane.position + 1
-        if self.watch:
-            self.watch(self)
-        return [lane for lane, token in zip(live, fed) if token != end]
 
 
 @torch.no_grad()
@@ -316,9 +307,12 @@ def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature
     ):
         if not ok:
             raise ValueError(message)
+    sampling = temperature, top_k, top_p
+    if lm.compiled:
+        lm.warm_up(sampling, min(len(ids) + max_new_tokens, context))
     start = time.perf_counter()
-    engine = Engine(lm, ids, mode, max_new_tokens, (temperature, top_k, top_p), seed, max_branches, watch)
-    engine.run(ids)
+    engine = Engine(lm, ids, mode, max_new_tokens, sampling, seed, max_branches, watch)
+    engine.run()
     seconds, segments = time.perf_counter() - start, [s for s in engine.segments if s]
     blocks = [[len(title + rest) for title, rest in s] for s in segments if is_block(s)]
     return Answer(prompt, lm.tokenizer.decode(plain(segments)), mode, len(plain(segments)), engine.steps, seconds,
@@ -345,32 +339,20 @@ class View:
         columns, rows = shutil.get_terminal_size()
         for i, (title, rest) in enumerate(block[:rows - 2]):
             title, rest = (" ".join(self.tokenizer.decode(ids).split()) for ids in (title, rest))
-            title = clip(title, columns // 2)
-            bar = "|" if "NO_COLOR" in os.environ else f"\x1b[{31 + i % 6}m|\x1b[0m"
-            self.out.write(f"\n{bar} {title} {clip(rest[::-1], columns - width(title) - 4)[::-1]}")
+            room = (columns - 4) // (1 if (title + rest).isascii() else 2)  # other characters may be two columns wide
+            title, bar = title[:room // 2], "|" if "NO_COLOR" in os.environ else f"\x1b[{31 + i % 6}m|\x1b[0m"
+            self.out.write(f"\n{bar} {title} {rest[-(room - len(title)):]}")
         self.lines, self.shown = len(block[:rows - 2]), time.perf_counter()
         self.out.flush()
 
     def write(self, text):
         """Takes the branch lines away and writes what is new of the plain text."""
         if self.lines:  # up, to the column behind the text, and clear from there on
-            column = width(self.text.rpartition("\n")[2]) % shutil.get_terminal_size().columns
+            column = len(self.text.rpartition("\n")[2]) % shutil.get_terminal_size().columns
             self.out.write(f"\x1b[{self.lines}A\x1b[{column + 1}G\x1b[J")
         self.out.write(text[len(self.text):])
         self.out.flush()
         self.text, self.lines = text, 0
-
-
-def width(text):
-    """Columns that a text takes in a terminal."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-
-
-def clip(text, columns):
-    """As much of the start of a text as fits."""
-    while width(text) > columns:
-        text = text[:min(len(text) - 1, columns)]
-    return text
 
 
 # -----------------------------------------------------------------------------

@@ -31,10 +31,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspd import is_block, layout, plain, stats, tokenize
 from data import (cli, collate, corpus, extract, facts_right, make_rows, make_tokenizer, micro_batches,
-                  published_tokenizer, read_prompts, read_records, write_whole)
-from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Engine, forward_pass, generate, grammar, load
+                  read_prompts, read_records, write_whole)
+from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Engine, forward_pass, generate, load
 from model import GPT, GPTConfig
-from train import Loss, make_optimizer, train_step
+from train import make_optimizer, train_step
 
 SHAPES = {  # published models, to be filled with random weights
     "tiny": dict(block_size=4096, vocab_size=4096, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=128,
@@ -110,25 +110,17 @@ def get_lm(args, texts, dtype=None):
     if not args.shape:
         lm = load(args.ckpt, args.device, dtype, args.compile)
         if not lm.tokenizer.special:  # tags that the model does not know, so that tagged answers can be fed to it
-            used = published_tokenizer(args.ckpt)[1] if Path(args.ckpt, "config.json").exists() else ()
-            lm.model.grow(lm.tokenizer.add_tags(used).vocab_size, list(lm.tokenizer.special[:6]))
-            lm.model.requires_grad_(False)
-            lm.allow = grammar(lm.tokenizer, lm.model.config.vocab_size, args.device)
+            lm.model.grow(lm.tokenizer.add_tags().vocab_size, list(lm.tokenizer.special[:6]))
+            return LM(lm.model, lm.tokenizer, args.compile)
         return lm
     tokenizer, config = make_tokenizer(args.tokenizer, iter(texts)), GPTConfig(**SHAPES[args.shape])
     config.vocab_size = max(config.vocab_size, tokenizer.vocab_size)
     with torch.device("meta"):
         model = GPT(config).to(getattr(torch, dtype))
     model = model.to_empty(device=args.device).eval().requires_grad_(False)  # 7B parameters never pass through the CPU
-    if config.tied:
-        pass
     for p in model.parameters():
         p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
-    lm = LM(model, tokenizer, args.compile)
-    if args.compile:
-        mode = "reduce-overhead" if lm.device.type == "cuda" else None
-        lm.step = torch.compile(forward_pass, fullgraph=True, mode=mode)
-    return lm
+    return LM(model, tokenizer, args.compile)
 
 
 # -----------------------------------------------------------------------------
@@ -362,7 +354,10 @@ def time_steps(lm, contexts, rounds, args):
     """Median seconds of an engine pass that fills a context up, {(context, width): s}, and a large copy's bytes/s."""
     source = torch.ones(2**30 if lm.device.type == "cuda" else 2**28, dtype=torch.uint8, device=lm.device)
     target, times, warm = torch.empty_like(source), {"copy": []}, 3
-    engine = Engine(lm, [], "adaptive", max(contexts), tuple(sampling(args).values())[:3], 0, MAX_BRANCHES, None)
+    choose = tuple(sampling(args).values())[:3]
+    if lm.compiled:
+        lm.warm_up(choose, max(contexts))
+    engine = Engine(lm, [], "adaptive", max(contexts), choose, 0, MAX_BRANCHES, None)
     for _ in tqdm(range(warm + rounds), desc="rounds", leave=False, disable=None):
         for n in contexts:
             for W in WIDTHS:
@@ -413,18 +408,19 @@ def bench_train(args, lm=None):
     serial = [[r._replace(block=0 * r.block, branch=0 * r.branch, position=np.arange(len(r.token))) for r in batch]
               for batch in batches]
     ready = [[collate(group, args.device) for group in micro_batches(batch, size)] for batch in serial]
-    loss = Loss(torch.compile(model, dynamic=True) if args.compile else model, args.device, dtype)
+    net = torch.compile(model, dynamic=True) if args.compile else model
+    settings = Namespace(device=args.device, dtype=dtype, micro_tokens=size, no_branch_mask=False)
     optimizer = make_optimizer(model, 1e-5)
 
     def bare(groups):
         for idx, position, _, pick, target in groups:
-            with loss.autocast:
-                logits = loss.model(idx, position, None, pick=pick)
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = net(idx, position, None, pick=pick)
             F.cross_entropy(logits.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step = lambda batch: train_step(loss, batch, optimizer, size)
+    step = lambda batch: train_step(net, batch, optimizer, settings)
     sides = {"aspd": (step, batches), "serial": (step, serial), "bare": (bare, ready)}
     times, peaks = {name: [[] for _ in batches] for name in sides}, []
     for k in tqdm(range(1 + args.repeats), desc="rounds", leave=False, disable=None):  # the first warms up

@@ -47,7 +47,7 @@ def files(tmp_path_factory):
 
 ANSWERS = {  # what data.py FILE and train.py --data FILE must say about it
     "missing.jsonl": "missing.jsonl", "empty.jsonl": "empty.jsonl: no usable answers", "broken.jsonl": "broken.jsonl, line 3",
-    "no-answer.jsonl": "no-answer.jsonl, line 1: no answer", "unusable.jsonl": "unusable.jsonl: no usable answers",
+    "no-answer.jsonl": "no-answer.jsonl, line 1: no response", "unusable.jsonl": "unusable.jsonl: no usable answers",
     "latin1.jsonl": "latin1.jsonl, line 1: .*(utf|UTF)-8", "other-names.jsonl": "question, reply",
     "long-line.jsonl": "line 1: longer than",
 }

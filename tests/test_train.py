@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from aspd import layout, plain
 from data import Tokenizer, collate
 from helpers import TOKENIZER, random_ids, save_tiny, tiny_model, write_answers
 from model import from_checkpoint, read_checkpoint, save_checkpoint
+from train import summed_loss
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--n-layer 1 --n-head 1 --batch-size 3 --dtype float32 --device cpu --micro-tokens 600 --lr 1e-3".split()
@@ -198,11 +200,12 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, answers, b
     """The message names the step, the learning rate and the folder, whose last checkpoint stays as it was."""
     real, calls = train.train_step, []
 
-    def train_step(loss, *args, **kwargs):
+    def train_step(*args, **kwargs):
         calls.append(1)
-        broken = lambda rows: loss(rows) * (bad if len(calls) == 4 else 1.0)
-        broken.model = loss.model
-        return real(broken, *args, **kwargs)
+        with monkeypatch.context() as m:
+            if len(calls) == 4:
+                m.setattr(train, "summed_loss", lambda *a: summed_loss(*a) * bad)
+            return real(*args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", train_step)
     with pytest.raises(ValueError, match=rf"loss is (nan|inf).*step 3.*learning rate \d.\d+e-0\d.*{tmp_path}"):
@@ -251,6 +254,10 @@ def test_two_processes_train_like_one(tmp_path, monkeypatch, capsys, answers):
 # -----------------------------------------------------------------------------
 # losses
 
+def settings(micro_tokens=600, no_branch_mask=False):
+    return Namespace(device="cpu", dtype="float32", micro_tokens=micro_tokens, no_branch_mask=no_branch_mask)
+
+
 def some_rows():
     ids = [random_ids(seed, blocks=seed % 3, branches=2 + seed % 4, long=15) for seed in range(9)]
     return [layout([1, 2, 3], answer, TOKENIZER.special) for answer in ids]
@@ -263,24 +270,24 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_tokens):
     idx, position, mask, pick, target = collate(rows)
     expected = F.cross_entropy(net(idx, position, mask, pick=pick), target)
     expected.backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), train.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     assert norm.isfinite()
     wanted = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     before = [p.detach().clone() for p in net.parameters()]
-    value = train.train_step(train.Loss(net, "cpu", "float32"), rows, optimizer, micro_tokens)
+    value = train.train_step(net, rows, optimizer, settings(micro_tokens))
     assert value == pytest.approx(expected.item(), rel=1e-5)
     for p, old, grad in zip(net.parameters(), before, wanted):
         assert torch.allclose(old - p, grad, rtol=1e-3, atol=1e-6)
 
 
-def test_update_that_is_not_finite_is_not_made():
+def test_update_that_is_not_finite_is_not_made(monkeypatch):
     net = tiny_model()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    broken = lambda rows: train.Loss(net, "cpu", "float32")(rows) * math.inf
-    broken.model = net
-    assert not math.isfinite(train.train_step(broken, some_rows()[:2], torch.optim.SGD(net.parameters(), lr=1.0), 600))
+    monkeypatch.setattr(train, "summed_loss", lambda *args: summed_loss(*args) * math.inf)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    assert not math.isfinite(train.train_step(net, some_rows()[:2], optimizer, settings()))
     assert_same(dict(net.state_dict()), before)
 
 
@@ -291,13 +298,14 @@ def test_held_out_loss_counts_the_plain_tokens_that_the_model_chooses():
     """
     special, ids = TOKENIZER.special, [random_ids(seed, blocks=seed % 3, branches=3, long=9) for seed in range(6)]
     logits = torch.randn(TOKENIZER.vocab_size, generator=torch.Generator().manual_seed(0))
-    loss = train.Loss(lambda idx, position, mask, pick: logits.expand(len(pick), -1), "cpu", "float32")
+    net = lambda idx, position, mask, pick: logits.expand(len(pick), -1)
     tokens = [t for answer in ids for t in plain(answer)]
     expected = -logits.log_softmax(-1)[tokens].mean().item()
     for form in (lambda answer: answer, lambda answer: [plain(answer)]):
         rows = [layout([1, 2], form(answer), special) for answer in ids]
         for micro_tokens in (1, 10**9):
-            assert loss.held_out(rows, list(special), micro_tokens) == pytest.approx(expected, rel=1e-5)
+            value = train.held_out_loss(net, rows, list(special), settings(micro_tokens))
+            assert value == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_sees_the_branch_mask_unless_told_otherwise():
@@ -307,5 +315,5 @@ def test_training_sees_the_branch_mask_unless_told_otherwise():
     rows = [layout([1], [[block[0], block[1]][::-1]], special) for block in blocks]  # the fixed branch stands second
     only = [r._replace(target=r.target * (r.branch == 2) + -100 * (r.branch != 2)) for r in rows]
     for use_mask in (True, False):
-        a, b = (train.Loss(net, "cpu", "float32", use_mask)([r]).item() for r in only)
+        a, b = (summed_loss(net, [r], settings(no_branch_mask=not use_mask)).item() for r in only)
         assert (abs(a - b) < 1e-5) == use_mask
