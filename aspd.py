@@ -1,9 +1,7 @@
-"""
-ASPD: Adaptive Serial-Parallel Decoding (arXiv 2508.08895). This file is the idea; the other four make it run.
+"""ASPD: Adaptive Serial-Parallel Decoding (arXiv 2508.08895). This file is the idea; the other four make it run.
 
-An answer is a list of segments. A segment is either serial text (a str) or a block: a list of branches that do not
-need each other. The segments' texts joined are the answer: nothing is lost. The tagged answer writes the titles of a
-block first, in series, and then all branches side by side:
+An answer is a list of segments: serial text (a str), or a block, a list of branches that do not need each other. Their
+texts joined are the answer. The tagged answer writes a block's titles first, and then all its branches side by side:
 
     Two tips:  <|title|>1. Sleep<|/title|> <|title|>2. Move<|/title|> <|para|>
                    <|branch|>1. Sleep: eight hours.<|/branch|>
@@ -30,22 +28,18 @@ Row = namedtuple("Row", "token block branch position target")
 # list); branch_tokens, titles included; title_tokens; speedup: the ideal one, tokens / steps. Tags are no tokens.
 Stats = namedtuple("Stats", "tokens steps branches branch_tokens title_tokens speedup")
 
-
 def join(segments):
     """The plain answer: list of segments -> str."""
     return "".join(s if isinstance(s, str) else "".join(b.text for b in s) for s in segments)
-
 
 def tokenize(segments, encode):
     """Segments of text -> of ids. encode: str -> list; a branch becomes (title ids, rest ids), as it is decoded."""
     return [encode(s) if isinstance(s, str) else [(encode(b.title), encode(b.text[len(b.title):])) for b in s]
             for s in segments]
 
-
 def is_block(s):
     """Whether a tokenised segment is a block: a list of (title, rest) pairs rather than of ids."""
     return len(s) > 0 and isinstance(s[0], tuple)
-
 
 def plain(ids):
     """Segments of ids -> the ids of the plain answer: no tags, no repeated titles."""
@@ -54,15 +48,12 @@ def plain(ids):
         out += [i for title, rest in s for i in title + rest] if is_block(s) else s
     return out
 
-
 def layout(prompt, ids, special, positions="aspd", stride=0):
     """Lays tokenised segments out behind a prompt's ids -> Row (paper section 3.2). ValueError as branch_positions."""
     pieces = []  # (ids, block, branch, positions, whether the decoder chooses these tokens itself)
-
     def add(tokens, start, chosen, block=0, branch=0):
         pieces.append((tokens, block, branch, np.arange(start, start + len(tokens)), chosen))
         return start + len(tokens)
-
     at, n_block = add(prompt, 0, False), 0  # at: the serial stream's position
     for s in ids:
         if not is_block(s):
@@ -86,13 +77,9 @@ def layout(prompt, ids, special, positions="aspd", stride=0):
     target[np.flatnonzero(block == 0)[-1]] = special.eos
     return Row(token, block, branch, position, target)
 
-
 def branch_positions(start, sizes, scheme="aspd", stride=0):
-    """
-    Where each branch starts, and where the serial stream goes on (paper section 3.3). start: the position after
-    <|para|>; sizes: each branch's tokens, tags included -> (list of positions, position). ValueError for an unknown
-    scheme and, under "stride", for a branch longer than the stride.
-    """
+    """Where branches start and the serial stream goes on (paper section 3.3). start: the position after <|para|>;
+    sizes: each branch's tokens, with tags -> (list of positions, position). ValueError: unknown scheme, long branch."""
     if scheme == "aspd":  # side by side, and afterwards as if they had been written one after the other
         return [start] * len(sizes), start + sum(sizes)
     if scheme == "longest":  # as APAR has it
@@ -103,27 +90,20 @@ def branch_positions(start, sizes, scheme="aspd", stride=0):
         raise ValueError(f"a branch of {max(sizes)} tokens is longer than the stride, {stride}")
     return [start + i * stride for i in range(len(sizes))], start + len(sizes) * stride  # as PASTA, without predictions
 
-
 def branch_mask(block, branch):
-    """
-    The branch-invisible mask (paper section 3.2): True where query q sees key k, that is where k is at or before q
-    and the two are not in different branches of one block. block, branch: (..., T) tensors -> (..., T, T) bool.
-    """
+    """The branch-invisible mask (paper section 3.2): query q sees key k at or before it, unless they are in different
+    branches of one block. block, branch: (..., T) tensors -> (..., T, T) bool, True = sees."""
     same_block = block[..., :, None] == block[..., None, :]  # serial text counts as one block, all of branch 0
     same_branch = branch[..., :, None] == branch[..., None, :]
     return (same_branch | ~same_block).tril()
 
-
 def stats(ids):
     """Tokenised segments -> Stats (paper section 4.1). The steps are exactly what the engine needs."""
     blocks, tokens = [s for s in ids if is_block(s)], len(plain(ids))
-    titles = sum(len(title) for s in blocks for title, _ in s)
-    rests = sum(len(rest) for s in blocks for _, rest in s)
-    steps = tokens - rests  # serial text and titles, a token each
-    for s in blocks:        # title tags; <|para|> with all prefixes; the longest branch and its end; <|/para|>
-        steps += 2 * len(s) + 1 + max(len(rest) for _, rest in s) + 1 + 1
+    titles, rests = (sum(len(branch[part]) for s in blocks for branch in s) for part in (0, 1))
+    # serial text and titles, a token each; their tags; <|para|> and prefixes; the longest branch and its end; <|/para|>
+    steps = tokens - rests + sum(2 * len(s) + 1 + max(len(rest) for _, rest in s) + 1 + 1 for s in blocks)
     return Stats(tokens, steps, [len(s) for s in blocks], titles + rests, titles, tokens / steps if steps else 1.0)
-
 
 def tally(total, s):
     """Adds an answer's Stats to a Counter of sums, so that memory does not grow with the file."""
@@ -133,16 +113,12 @@ def tally(total, s):
         total.update(PPD=1, blocks=len(s.branches), ABN=sum(s.branches), APD=s.branch_tokens / s.tokens,
                      APE=(s.branch_tokens - s.title_tokens) / s.branch_tokens)
 
-
 def summary(total):
-    """
-    A tallied Counter -> dict of the paper's figures. PPD: share of answers with a block; ABN: branches a block; APD:
-    share of a parallel answer in branches; APE: share of branch tokens not in titles; speedup: ideal, on average; best.
-    """
+    """A tallied Counter -> dict of the paper's figures. PPD: share of answers with a block; ABN: branches a block; APD:
+    share of a parallel answer in branches; APE: share of branch tokens not in titles; speedup: ideal, mean; best."""
     over = {"PPD": "answers", "ABN": "blocks", "APD": "PPD", "APE": "PPD", "speedup": "answers"}
     means = {name: total[name] / max(total[count], 1) for name, count in over.items()}
     return {"answers": total["answers"], "best": total["best"], **means}
-
 
 if __name__ == "__main__":  # the paper's figure 3, in a terminal
     vocab = {name: i for i, name in enumerate([*TAG_NAMES, "<eos>"])}

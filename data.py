@@ -1,12 +1,9 @@
-"""
-Text in: loading, the extraction of parallel structure, the tokenizer, the built-in corpus and batches.
+"""Text in: loading, the extraction of parallel structure, the tokenizer, the built-in corpus and batches.
 
-    python data.py                       # what the extractor finds in the built-in corpus
-    python data.py FILE --show 3         # in your answers (JSON or JSON Lines), three of them in colour
-    python data.py FILE --out OUT.jsonl  # and write their segments
+    python data.py                                # what the extractor finds in the built-in corpus
+    python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes the segments of all
 
-An answer enters as plain text. extract() cuts it into segments without losing a character and checks that the branches
-do not need each other; a Tokenizer turns them into ids; make_rows() lays them out for training.
+extract() cuts an answer into segments without losing a character and checks that the branches do not need each other.
 """
 import argparse
 import itertools
@@ -17,7 +14,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +25,8 @@ from tqdm import tqdm
 
 from aspd import IGNORE, Branch, Special, branch_mask, join, layout, stats, summary, tally, tokenize
 
-# -----------------------------------------------------------------------------
-# loading: {"prompt", "response"}, Alpaca and ShareGPT, as JSON or JSON Lines
-
+# ---- loading: {"prompt", "response"}, Alpaca and ShareGPT, as JSON or JSON Lines 
 MAX_LINE = 64 * 2**20  # bytes
-
 
 def parse_json(raw, where):
     """Bytes -> object. ValueError with the place for what is not JSON in UTF-8."""
@@ -41,23 +35,21 @@ def parse_json(raw, where):
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: not JSON: {e}") from None
 
-
 def read_objects(path):
     """Yields (place, dict) for every record of a JSON array, or of JSON Lines with one line in memory at a time."""
     with open(path, "rb") as f:
         array = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         f.seek(0)
-        for n, raw in enumerate([f.read()] if array else iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
-            where = path if array else f"{path}, line {n}"
-            if len(raw) > MAX_LINE and not array:
+        records = parse_json(f.read(), path) if array else iter(lambda: f.readline(MAX_LINE + 1), b"")
+        for n, record in enumerate(records, start=1):
+            where = f"{path}, {'record' if array else 'line'} {n}"
+            if not array and len(record) > MAX_LINE:
                 raise ValueError(f"{where}: longer than {MAX_LINE} bytes")
-            found = parse_json(raw, where) if raw.strip() else []
-            for k, record in enumerate(found if array or not raw.strip() else [found], start=1):
-                where = f"{path}, record {k}" if array else where
+            if array or record.strip():
+                record = record if array else parse_json(record, where)
                 if not isinstance(record, dict):
                     raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
                 yield where, record
-
 
 def text_of(r, key, where):
     """The text in a record's field. ValueError naming the fields that it has instead."""
@@ -65,61 +57,53 @@ def text_of(r, key, where):
         raise ValueError(f"{where}: no {key} in a record with the fields {', '.join(r) or '(none)'}")
     return r[key]
 
-
 def questions_answers(r, where):
     """Yields (prompt, answer) of a record; of a conversation every answer with the user turn before it."""
-    if "conversations" in r:
-        prompt = ""
-        for turn in r["conversations"]:
-            text = (turn.get("value") or "") + ""  # TypeError for what is not text
-            if turn.get("from") in ("human", "user"):
-                prompt = text
-            elif turn.get("from") != "system" and text.strip():
-                yield prompt, text
-    else:
+    if "conversations" not in r:
         if "instruction" in r:
-            r = {**r, "prompt": "\n\n".join(filter(None, (r["instruction"], r.get("input")))), "response": r.get("output")}
+            question = "\n\n".join(filter(None, (r["instruction"], r.get("input"))))
+            r = {**r, "prompt": question, "response": r.get("output")}
         yield text_of(r, "prompt", where), text_of(r, "response", where)
-
+    prompt = ""
+    for turn in r.get("conversations", ()):
+        text = (turn.get("value") or "") + ""  # TypeError for what is not text
+        if turn.get("from") in ("human", "user"):
+            prompt = text
+        elif turn.get("from") != "system" and text.strip():
+            yield prompt, text
 
 def read_records(path):
-    """
-    Yields {"id", "prompt", "response"} and the record's other small fields, for every answer in a file. Passes over
-    conversations without an answer; other records without one, and a file with none at all, raise ValueError.
-    """
+    """Yields {"id", "prompt", "response", ...} per answer. ValueError for a file, or a record not a chat, without."""
     n = 0
     for where, r in read_objects(path):
         try:
             pairs = list(questions_answers(r, where))
         except (AttributeError, TypeError) as e:
             raise ValueError(f"{where}: no prompts and answers in its fields {', '.join(r)}: {e}") from None
-        small = {"id": n, **{k: r[k] for k in ("id", "category", "model", "facts") if k in r}}
+        small = {"id": n, **{key: r[key] for key in ("id", "category", "model", "facts") if key in r}}
         for k, (prompt, response) in enumerate(pairs):
-            yield {**small, "id": f"{small['id']}-{k}" if "conversations" in r else small["id"], "prompt": prompt,
-                   "response": response}
-            n += 1
+            id = f"{small['id']}-{k}" if "conversations" in r else small["id"]
+            yield {**small, "id": id, "prompt": prompt, "response": response}
+        n += len(pairs)
     if n == 0:
         raise ValueError(f"{path}: no usable answers")
 
-
 def read_prompts(path):
     """The {"prompt", "category"} of a file, as a list. ValueError for a record without a prompt, or for no records."""
-    prompts = [{"category": r.get("category"), "prompt": text_of(r, "prompt", where)} for where, r in read_objects(path)]
+    prompts = [{"category": r.get("category"), "prompt": text_of(r, "prompt", at)} for at, r in read_objects(path)]
     if not prompts:
         raise ValueError(f"{path}: no prompts")
     return prompts
-
 
 def write_whole(path, lines):
     """Writes the lines to a file whole or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:  # in JSON, a lone surrogate's escape
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:  # a lone surrogate becomes \ud83d
             f.writelines(line + "\n" for line in lines)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
 
 def cli(main):
     """Runs a command line's main(): bad input becomes one clear line on stderr and exit code 2."""
@@ -131,16 +115,12 @@ def cli(main):
     except KeyboardInterrupt:
         sys.exit(130)
 
-
-# -----------------------------------------------------------------------------
-# extraction
-
+# ---- extraction -------------------------------------------------------------
 MAX_BRANCHES = 16  # the engine's width
 GROUP_OVER = 10    # a longer list may put neighbours into one branch
 MIN_SAVED = 6      # words; a smaller gain is not worth its tags
 LABEL_WORDS = 3    # a longer label is cut to the fewest words that tell its part apart
-
-# ---- structure: what opens a part, and its rank (the smaller, the further out; a list item adds its indentation)
+# structure: what opens a part, and its rank (the smaller, the further out; a list item adds its indentation)
 LEVELS = [(level, rank, re.compile(pattern)) for level, rank, pattern in [  # group 1: siblings open alike
     *[("heading", rank, rf"({'#' * rank})[ \t]+\S") for rank in range(1, 7)],
     ("bold line", 7, r"(\*\*|__)[^\s*_][^*_\n]{0,100}(?:\*\*|__)[:：]?\s*$"),
@@ -155,11 +135,9 @@ PREFIX = re.compile(r"\W*(?:\w{1,3}[.)）．、](?=[\s*一-鿿]))?\W*")  # the m
 WORKS_ON = (r"(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In short|Overall|Therefore|总结|Final Answer|Calculating"
             r"|(?:Explanation|Solution|Comparison|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
 
-
 def bare(text):
     """The text without the marker it opens with."""
     return text[PREFIX.match(text).end():]
-
 
 def read_marks(lines):
     """(kind, rank, number) of each line: kind is a tuple if it opens a part, else "text", "opaque" or "" (blank)."""
@@ -176,7 +154,6 @@ def read_marks(lines):
                 break
         marks.append(("opaque" if fence or fenced else kind, rank, number))
     return marks
-
 
 def find_runs(lines, marks):
     """Runs of sibling parts, outer ones first: the lines where parts start, the line where the last one ends."""
@@ -213,11 +190,8 @@ def find_runs(lines, marks):
                 stack.pop()
     return [run for run in runs if len(run.parts) > 1]
 
-
-# ---- titles
 LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
 WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
-
 
 def name_parts(parts):
     """A title for each part: its label if that is short, else the fewest words that no sibling starts with."""
@@ -233,8 +207,7 @@ def name_parts(parts):
         titles.append(label[-1] if 0 < len(label) <= LABEL_WORDS else [*unique, openings[-1]][0])
     return titles
 
-
-# ---- validation: a branch may rely on the question, the text before its block and all titles, not on a sibling's body
+# validation: a branch may rely on the question, the text before its block and all titles, not on a sibling's body
 NAME = re.compile(r"[^\W_](?:[\w.,'-]*\w)?")
 NOUN = r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?=[^\w '-]| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that)\b)"
 SAYS = [  # reason, what a part of the block says after its marker: it goes on from, or works on, what a sibling says
@@ -258,7 +231,6 @@ BRINGS = [  # reason, what a part brings in, how a later one takes it up, how of
     ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 3, ""),
     ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4, r"\W*(?:Day|Chapter|Act|Page) [\dIV]"),
 ]
-
 
 def dependence(parts, titles, text, start, said):
     """Yields why a part needs another. start: of the block; said: where each word of the text is said first."""
@@ -284,7 +256,6 @@ def dependence(parts, titles, text, start, said):
         if hits >= times:
             yield reason
 
-
 def group(parts, titles):
     """How many neighbours share a branch, 0 if no steps are saved: one, or more where the list is long."""
     n, length, best = len(parts), [len(WORD.findall(part)) for part in parts], (MIN_SAVED, 0)
@@ -293,7 +264,6 @@ def group(parts, titles):
         # the longest rest is still waited for, and the tags: two a title, <|para|>, <|/para|> and one <|/branch|>
         best = max(best, (sum(rest) - max(rest) - 2 * len(rest) - 3, size))
     return best[1]
-
 
 def extract(text, prompt=""):
     """Segments of the answer, and its refused blocks as (reason, start, end)."""
@@ -320,44 +290,30 @@ def extract(text, prompt=""):
             done = at[-1]
     return [segment for segment in [*segments, text[done:]] if segment], refusals
 
-
-# -----------------------------------------------------------------------------
-# the tokenizer: a tiktoken byte-level BPE, learnt here, known by name, or read from a published tokenizer.json
-
-# The pattern means the same to `re`, which learns, and to tiktoken, which encodes.
-PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-# GPT-2's pattern, twice: as published, and after a pre-tokenizer has split the digits off one by one.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# ---- the tokenizer: a tiktoken byte-level BPE, learnt here, known by name, or read from a published tokenizer.json 
+PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"  # the same to `re`, which learns, and to tiktoken
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # and with digits one by one:
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
 PLAIN_FORM = [["{}\n"], ["User: {}\nAssistant:\n"]]
 
-
 class Tokenizer:
-    """
-    Text <-> ids. Text never becomes a tag or another special token, whatever it contains.
-    pattern: how text is cut into words; ranks: {a token's bytes: its id, which is also its merge priority}; eos: an id;
-    special: the ids of the tags, None for a published model that has none; chat: the forms of system text and prompt,
-    lists of text and special ids; system: the default system text; nfc: normalise first; added: other ids in use.
-    Tokenizer(**state()) is the same tokenizer.
-    """
-
+    """Text <-> ids; no text becomes a special token. pattern: how text is cut into words; ranks: {a token's bytes: its
+    id and merge priority}; special: the tags' ids or None; chat: the forms of system text and prompt, lists of text
+    and ids; system: the default system text; nfc: normalise first; added: other ids in use."""
     def __init__(self, pattern, ranks, eos, special=None, chat=PLAIN_FORM, system="", nfc=False, added=()):
-        self.pattern, self.ranks, self.eos, self.special = pattern, ranks, eos, special and Special(*special)
-        self.chat, self.system, self.nfc, self.added = chat, system, nfc, added
+        self.settings = dict(pattern=pattern, ranks=ranks, eos=eos, special=special and tuple(special), chat=chat,
+                             system=system, nfc=nfc, added=added)  # plain values, for a checkpoint
+        self.eos, self.special, self.chat, self.system, self.nfc = eos, special and Special(*special), chat, system, nfc
         self.encoding = tiktoken.Encoding("aspd", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bytes = {i: token for token, i in ranks.items()}
+        self.vocab_size = max(*self.bytes, eos, *(special or ())) + 1  # one more than the highest id
         self.lacking = {b for b in range(256) if bytes([b]) not in ranks}  # rare bytes that a published one may lack
-
-    def state(self):
-        """Plain values for a checkpoint."""
-        names = "pattern", "ranks", "eos", "chat", "system", "nfc", "added"
-        return {**{name: getattr(self, name) for name in names}, "special": self.special and tuple(self.special)}
 
     def encode(self, text):
         """str -> list of ids. What UTF-8 cannot write and characters with a lacking byte become U+FFFD."""
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if self.lacking and not self.lacking.isdisjoint(text.encode()):
+        if self.lacking:
             text = "".join(c if self.lacking.isdisjoint(c.encode()) else "\ufffd" for c in text)
         return self.encoding.encode_ordinary(text)
 
@@ -372,38 +328,26 @@ class Tokenizer:
         return [i for p, fill in parts for i in ([p] if isinstance(p, int) else self.encode(p.format(fill)))]
 
     def add_tags(self):
-        """Gives the tags the first ids that neither the tokenizer nor its added tokens use -> self."""
-        taken = {*self.bytes, *self.added, self.eos}
-        self.special = Special(*itertools.islice((i for i in itertools.count() if i not in taken), 6), self.eos)
-        return self
-
-    @property
-    def vocab_size(self):
-        """One more than the highest id."""
-        return max(*self.bytes, self.eos, *(self.special or ())) + 1
-
+        """Gives the tags the first ids that neither the tokenizer nor its added tokens use -> a new Tokenizer."""
+        taken = {*self.bytes, *self.settings["added"], self.eos}
+        free = itertools.islice((i for i in itertools.count() if i not in taken), 6)
+        return Tokenizer(**self.settings | {"special": (*free, self.eos)})
 
 def learn_bpe(text, vocab_size=2048):
-    """
-    Byte pair encoding learnt from text -> ranks. tiktoken's own trainer goes over the whole text at every merge, minutes
-    for a megabyte; this one holds each common word once and touches only the words that a merge changes.
-    """
+    """Byte pair encoding learnt from text -> ranks. Holds each common word once; a merge touches only its words."""
     words = [(word.encode("utf-8", "replace"), n) for word, n in Counter(re.findall(PATTERN, text)).most_common(9999)]
     words = [(word, [bytes([b]) for b in word], n) for word, n in words]
     ranks, pairs = {bytes([b]): b for b in range(256)}, Counter()
-
     def count(parts, n):
         for pair in itertools.pairwise(parts):
             pairs[pair] += n
-
     for _, parts, n in words:
         count(parts, n)
     while len(ranks) < vocab_size:
         best = max(pairs, key=pairs.get, default=None)
         if pairs[best] < 2:
             break
-        new = best[0] + best[1]
-        ranks[new] = len(ranks)
+        ranks[new := b"".join(best)] = len(ranks)
         for word, parts, n in words:
             if new in word:
                 count(parts, -n)
@@ -412,7 +356,6 @@ def learn_bpe(text, vocab_size=2048):
                         parts[i - 1:i + 1] = [new]
                 count(parts, n)
     return ranks
-
 
 def make_tokenizer(name, texts):
     """"bpe": learnt from the texts; a folder: its tokenizer; else a name that tiktoken knows. With tags."""
@@ -424,119 +367,85 @@ def make_tokenizer(name, texts):
     encoding = tiktoken.get_encoding(name)
     return Tokenizer(encoding._pat_str, encoding._mergeable_ranks, encoding.eot_token).add_tags()
 
-
 def published_tokenizer(path):
-    """
-    The byte-level BPE of a published folder -> a Tokenizer with the same ids, without tags. ValueError naming a setting
-    of tokenizer.json that would change ids and is not implemented.
-    """
-    def refuse(what, unless=False):
+    """A published folder -> a Tokenizer with the same ids, without tags. ValueError naming what is not supported."""
+    def refuse(what, unless):
         if not unless:
             raise ValueError(f"{path}/tokenizer.json: {what} is not supported")
-
-    def read(name):
-        return Path(path, name).read_bytes() if Path(path, name).exists() else b""
-
-    refuse("a tokenizer without this file (SentencePiece)", unless=read("tokenizer.json"))
-    t, config = (parse_json(read(name) or b"{}", f"{path}/{name}") for name in ("tokenizer.json", "tokenizer_config.json"))
+    files = [Path(path, name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+    t, config, template = [file.read_bytes() if file.exists() else b"" for file in files]
+    refuse("a tokenizer without this file (SentencePiece)", unless=t)
+    t, config = parse_json(t, files[0]), parse_json(config or b"{}", files[1])
     model, added = t["model"], {a["content"]: a["id"] for a in t["added_tokens"]}
-    normalizer, eos = (t.get("normalizer") or {}).get("type"), config.get("eos_token")
+    kind, normalizer, eos = model.get("type"), (t.get("normalizer") or {}).get("type"), config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
-    template = read("chat_template.jinja").decode() or config.get("chat_template") or ""
-    refuse(f"the model {model.get('type')}, byte fallback", model.get("type") == "BPE" and not model.get("byte_fallback"))
-    refuse(f"the normalizer {normalizer}", normalizer in (None, "NFC"))
-    refuse(f"the eos_token {eos}", eos in added)
-    refuse("a chat template other than ChatML", not template or "<|im_start|>" in template)
+    template = template.decode() or config.get("chat_template") or ""
+    refuse(f"the model {kind}, byte fallback", unless=kind == "BPE" and not model.get("byte_fallback"))
+    refuse(f"the normalizer {normalizer}", unless=normalizer in (None, "NFC"))
+    refuse(f"the eos_token {eos}", unless=eos in added)
+    refuse("a chat template other than ChatML", unless=not template or "<|im_start|>" in template)
     merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
-    refuse("a vocabulary in another order than the merges", merged == sorted(merged))
+    refuse("a vocabulary in another order than the merges", unless=merged == sorted(merged))
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes every byte as a visible character:
     hidden = [b for b in range(256) if b not in visible]             # these as themselves, the others from 256 on
     to_byte = {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
-    chat, system = [["{}\n"], ["{}\n"]], None
+    chat, system = [["{}\n"], ["{}\n"]], ""
     if template:
         start, end = added["<|im_start|>"], added["<|im_end|>"]
         chat = [[start, "system\n{}", end, "\n"], [start, "user\n{}", end, "\n", start, "assistant\n"]]
-        system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", template)
-    return Tokenizer(split_pattern(t, refuse), ranks, added[eos], None, chat, system[1] if system else "",
-                     normalizer == "NFC", list(added.values()))
-
-
-def split_pattern(t, refuse):
-    """The pre_tokenizer of a tokenizer.json -> the pattern that cuts text the same way."""
-    pre = t.get("pre_tokenizer") or {}
+        system = (re.findall(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", template) or [""])[0]
+    pre = t.get("pre_tokenizer") or {}  # how it cuts text into words -> a pattern that does the same
     parts = pre.get("pretokenizers", [pre])
-    kinds, last = [p.get("type") for p in parts], parts[-1]
-    refuse(f"the pre_tokenizer {parts}", last.get("type") == "ByteLevel" and not last.get("add_prefix_space"))
-    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        refuse(f"the split {parts[0]}", parts[0]["behavior"] == "Isolated" and not parts[0].get("invert"))
-        return parts[0]["pattern"]["Regex"]
-    digits = kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]
-    refuse(f"the pre_tokenizer {parts}", (digits or len(kinds) == 1) and last.get("use_regex", True))
-    return GPT2_DIGITS if digits else GPT2
+    kinds, first, last = [p.get("type") for p in parts], parts[0], parts[-1]
+    own = kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True)
+    digits = kinds == ["Digits", "ByteLevel"] and first["individual_digits"]
+    known = kinds[-1] == "ByteLevel" and (own or (digits or len(kinds) == 1) and last.get("use_regex", True))
+    refuse(f"the pre_tokenizer {parts}", unless=known and not last.get("add_prefix_space"))
+    refuse(f"the split {first}", unless=not own or first["behavior"] == "Isolated" and not first.get("invert"))
+    pattern = first["pattern"]["Regex"] if own else GPT2_DIGITS if digits else GPT2
+    return Tokenizer(pattern, ranks, added[eos], None, chat, system, normalizer == "NFC", list(added.values()))
 
-
-# -----------------------------------------------------------------------------
-# The built-in corpus: ordinary chat answers without tags, written by a seeded generator over a small table of facts.
-# A topic: noun | verb | how least and most are called | what a short list gives, and which column has it; the three
-# sentences of a thing; then the things and what goes into their sentences, least first.
-TOPICS = """\
-planets|is|smallest|largest|positions|{1}
+# ---- the built-in corpus: chat answers without tags, written by a seeded generator over a small table of facts 
+# A topic: name | what a short list gives | its column; two sentences; its things and their columns, smallest first.
+TOPICS = [[line.split("|") for line in topic.splitlines()] for topic in """\
+planets|positions|{1}
 The {1} planet from the Sun, about {2} km across at its equator.
-{0} goes around the Sun in about {3} and turns once on its axis in about {4}.
-{0} is named after the {5}, and it is best known for {6}.
-Mercury|first|4,900|88 days|59 days|messenger of the Roman gods|its many craters and its lack of air
-Mars|fourth|6,800|687 days|25 hours|Roman god of war|rusty red dust and the tallest known volcano
-Venus|second|12,100|225 days|243 days|Roman goddess of love|thick clouds and a surface hot enough to melt lead
-Earth|third|12,800|365 days|24 hours|ground under our feet|wide oceans, green forests and all its living things
-Neptune|eighth|49,500|165 years|16 hours|Roman god of the sea|a blue colour and very fast winds
-Uranus|seventh|51,100|84 years|17 hours|Greek god of the sky|a tilt so strong that it rolls along on its side
-Saturn|sixth|121,000|29 years|11 hours|Roman god of farming|wide bright rings made of ice and rock
-Jupiter|fifth|143,000|12 years|10 hours|king of the Roman gods|the Great Red Spot, a storm seen for centuries
+{0} is named after the {3}, and it is best known for {4}.
+Mercury|first|4,900|messenger of the Roman gods|its many craters and its lack of air
+Mars|fourth|6,800|Roman god of war|rusty red dust and the tallest known volcano
+Venus|second|12,100|Roman goddess of love|thick clouds and a surface hot enough to melt lead
+Earth|third|12,800|ground under our feet|wide oceans, green forests and all its living things
+Neptune|eighth|49,500|Roman god of the sea|a blue colour and very fast winds
+Uranus|seventh|51,100|Greek god of the sky|a tilt so strong that it rolls along on its side
+Saturn|sixth|121,000|Roman god of farming|wide bright rings made of ice and rock
+Jupiter|fifth|143,000|king of the Roman gods|the Great Red Spot, a storm seen for centuries
 
-animals|are|lightest|heaviest|young|{6}
-{1} that feed mostly on {2} and weigh about {3} kg when fully grown.
-{0} stand out in two ways: they have {4}, and they {5}.
-{0} raise young called {6}, which stay close to a parent at first.
-hedgehogs|Shy mammals of woods and gardens|beetles and worms|1|thousands of spines|roll into a ball in danger|hoglets
-koalas|Furry mammals of Australia|eucalyptus leaves|10|fingerprints much like ours|sleep for most of the day|joeys
-cheetahs|Slim cats of dry grassland|gazelles and hares|50|dark tear marks on the face|purr but cannot roar|cubs
-ostriches|Birds of African plains|plants and seeds|120|only two toes on each foot|run fast but cannot fly|chicks
-tigers|Striped cats of Asian forests|deer and wild pigs|200|sharp eyes for the night|swim very well and hunt alone|cubs
-giraffes|Mammals of the African savanna|acacia leaves|1,000|a neck about two metres long|sleep very little|calves
-hippos|Bulky mammals of African rivers|grass|1,500|jaws that open very wide|keep cool in water all day|calves
-elephants|Mammals of Africa and Asia|grass and bark|5,000|a trunk that is nose and arm in one|talk in low rumbles|calves
-
-countries|is|smallest|largest|capitals|{2}
-A country in {1} with {2} as its capital and the {3} as its currency.
-{0} covers about {4} square km, and its longest river is the {5}.
-{0} has a flag with {6}, and most visitors come for {7}.
-Iceland|northern Europe|Reykjavik|krona|103,000|Thjorsa|a red and white cross|volcanoes, glaciers and hot springs
-Italy|southern Europe|Rome|euro|300,000|Po|green, white and red stripes|Roman ruins, old paintings and fresh pasta
-Japan|East Asia|Tokyo|yen|378,000|Shinano|a red disc on white|cherry blossom, quiet temples and fast trains
-Egypt|North Africa|Cairo|pound|1.0 million|Nile|a golden eagle|pyramids that are about 4,500 years old
-Australia|Oceania|Canberra|dollar|7.7 million|Murray|six white stars on blue|coral reefs, kangaroos and long beaches
-Brazil|South America|Brasilia|real|8.5 million|Amazon|a starry blue globe|carnival, waterfalls and rainforest
-China|East Asia|Beijing|yuan|9.6 million|Yangtze|five yellow stars on red|a very long wall and giant pandas
-Canada|North America|Ottawa|dollar|10.0 million|Mackenzie|a red maple leaf|mountain lakes, forests and ice hockey
-"""
-TOPICS = [[line.split("|") for line in block.splitlines()] for block in TOPICS.split("\n\n")]
-SOUP = """\
-To make the {0}:
-
-1. Wash the {1} and cut them into small pieces.
-2. Fry these pieces in a large pot with a little oil for 5 minutes.
-3. Pour 1 litre of water over the mixture and bring it to the boil.
-4. Now let that {0} simmer until the {2} are soft, then season it with salt.
-
-Enjoy your {0}!"""
+countries|capitals|{2}
+A country in {1} with {2} as its capital and about {3} square km of land.
+{0} has a flag with {4}, and most visitors come for {5}.
+Iceland|northern Europe|Reykjavik|103,000|a red and white cross|volcanoes, glaciers and hot springs
+Italy|southern Europe|Rome|300,000|green, white and red stripes|Roman ruins, old paintings and fresh pasta
+Japan|East Asia|Tokyo|378,000|a red disc on white|cherry blossom, quiet temples and fast trains
+Egypt|North Africa|Cairo|1.0 million|a golden eagle|pyramids that are about 4,500 years old
+Australia|Oceania|Canberra|7.7 million|six white stars on blue|coral reefs, kangaroos and long beaches
+Brazil|South America|Brasilia|8.5 million|a starry blue globe|carnival, waterfalls and rainforest
+China|East Asia|Beijing|9.6 million|five yellow stars on red|a very long wall and giant pandas
+Canada|North America|Ottawa|10.0 million|a red maple leaf|mountain lakes, forests and ice hockey
+""".split("\n\n")]
+SOUP = ("To make the {0}:\n\n1. Wash the {1} and cut them into small pieces.\n"
+        "2. Fry these pieces in a large pot with a little oil for 5 minutes.\n"
+        "3. Pour 1 litre of water over the mixture and bring it to the boil.\n"
+        "4. Now let that {0} simmer until the {2} are soft, then season it with salt.\n\nEnjoy your {0}!")
 VEGETABLES = "beans carrots leeks mushrooms onions peas potatoes tomatoes".split()
-LISTS = {  # opening; what stands before, between and after the sentences of a branch
+FORMS = {  # opening; what stands before, between and after the sentences of a thing
     "numbered": ("Here are the {}, one by one:", "{}. {}: ", " ", "\n"),
     "bulleted": ("Here is what to know about the {}:", "- **{1}**: ", " ", "\n"),
     "headed": ("This is a short guide to the {}.", "### {1}\n\n", " ", "\n\n"),
     "labelled": ("The {} differ in several ways.", "**{1}**: ", " ", "\n\n"),
     "nested": ("Key facts about the {}:", "- **{1}**\n  - ", "\n  - ", "\n"),
+    "short-list": ("Here are the {1}:", "- {1}: ", "", "\n"),
+    "prose": ("", "", " ", " "),
 }
 PROMPTS = {
     "numbered": ("Make a numbered list about {}.", "Walk me through {}, one by one.", "Give me a numbered list on {}."),
@@ -551,87 +460,63 @@ PROMPTS = {
     "prose": ("Write one paragraph about {}.", "Describe {} in a few sentences.", "Can you say a few words on {}?"),
 }
 
-
 def listing(words):
     return ", ".join(words[:-1]) + " and " + words[-1]
 
-
-def list_answer(topic, rows, kind):
-    """An opening, a branch a thing, and a conclusion that only the whole answer can tell."""
-    (noun, verb, least, most, *_), (opening, before, between, after) = topic[0], LISTS[kind]
-    answer = opening.format(noun) + "\n\n"
+def describe(topic, rows, kind):
+    """Text about things: an opening, the sentences of each, and in a list a conclusion that only the whole can tell."""
+    value, (opening, before, between, after) = topic[0][2], FORMS[kind]
+    lines = {"prose": topic[2:3], "short-list": [[value]]}.get(kind, topic[1:3])
+    text = opening.format(*topic[0]) + "\n\n"
     for i, (name, *row) in enumerate(rows, 1):
-        name = name.capitalize()
-        answer += before.format(i, name) + between.join(line.format(name, *row) for line, in topic[1:4]) + after
-    return answer.rstrip() + f"\n\nOverall, {rows[0][0]} {verb} the {least} and {rows[-1][0]} the {most}."
-
+        sentences = [line.format(name, *row) for line, in lines]
+        text += before.format(i, name) + between.join(sentences) + after
+    closing = f"\n\nOverall, {rows[0][0]} is the smallest and {rows[-1][0]} the largest."
+    return text.strip() + (closing if kind not in ("prose", "short-list") else "")
 
 def draw(kind, rng):
-    """(what the answer is about, the words for the prompt, the answer), which has its things in the order of the table."""
+    """(what the answer is about, the words for the prompt, the answer, which keeps the order of the table)."""
     if kind == "sums":
-        numbers = sorted(rng.sample(range(1, 10), rng.choice((3, 4))))
+        numbers = sorted(rng.sample(range(1, 10), 3))
         totals = list(itertools.accumulate(numbers))
-        steps = [f"{i}. {t - n} + {n} = {t}." for i, (n, t) in enumerate(zip(numbers[1:], totals[1:]), 1)]
+        steps = [f"{i}. {totals[i - 1]} + {numbers[i]} = {totals[i]}.\n" for i in range(1, len(numbers))]
         words = [str(n) for n in rng.sample(numbers, len(numbers))]
-        return words, [listing(words)], "\n".join(["Smallest first:", "", *steps, "", f"The total is {totals[-1]}."])
+        return words, [listing(words)], f"Smallest first:\n\n{''.join(steps)}\nThe total is {totals[-1]}."
     if kind == "steps":
         foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
         return foods, [listing(foods), dish], SOUP.format(dish, listing(sorted(foods)), max(foods))
-    sizes = {"two-lists": (3, 4, 4), "short-list": (2, 3, 4), "prose": (2, 2, 3)}.get(kind, (2, 3, 4, 5, 5, 6, 6, 6, 7, 8))
-    topics = sorted(rng.sample(TOPICS, 2 if kind == "two-lists" else 1), key=TOPICS.index)
-    picks = [rng.sample(topic[4:], rng.choice(sizes)) for topic in topics]
-    about, words = [row[0] for rows in picks for row in rows], [listing([row[0] for row in rows]) for rows in picks]
-    picks = [sorted(rows, key=topic.index) for topic, rows in zip(topics, picks)]
-    topic, rows, asked, value = topics[0], picks[0], *topics[0][0][-2:]
-    if kind == "prose":
-        return about, words, " ".join(line.format(name.capitalize(), *row) for name, *row in rows for line, in topic[2:4])
-    if kind == "short-list":
-        lines = [f"- {row[0].capitalize()}: {value.format(*row)}" for row in rows]
-        return about, [*words, asked], "\n".join([f"Here are the {asked}:", "", *lines])
+    sizes = {"two-lists": (4, 4, 5), "short-list": (2, 3, 4), "prose": (2, 3, 4)}.get(kind, (2, 3, 4, 5, 6, 6, 7, 8))
     kinds = ("bulleted", "numbered") if kind == "two-lists" else (kind,)
-    return about, words, "\n\n".join(map(list_answer, topics, picks, kinds))
-
+    topics = sorted(rng.sample(TOPICS, len(kinds)), key=TOPICS.index)
+    picks = [rng.sample(topic[3:], rng.choice(sizes)) for topic in topics]
+    names = [[row[0] for row in rows] for rows in picks]
+    picks = [sorted(rows, key=topic.index) for topic, rows in zip(topics, picks)]
+    return sum(names, []), [*map(listing, names), topics[0][0][1]], "\n\n".join(map(describe, topics, picks, kinds))
 
 def corpus(n=6000, seed=1337, split="train"):
-    """
-    n records {"id", "category", "prompt", "response", "facts"} of ten kinds, the same for the same seed. The sets of
-    things that "val" asks about, an eighth of all, never occur in "train", whatever the kind.
-    """
-    rng, records = random.Random(f"{split} {seed}"), []
+    """n records {"id", "category", "prompt", "response", "facts"}. In "val" a kind of answer is about things that
+    it is never about in "train"."""
+    rng, records, kinds = random.Random(f"{split} {seed}"), [], list(PROMPTS)
+    kinds += 2 * kinds[6:] if split == "train" else []  # the short ones: many tasks for few tokens
     while len(records) < n:
-        kind = list(PROMPTS)[len(records) % len(PROMPTS)]
+        kind = kinds[len(records) % len(kinds)]
         about, words, response = draw(kind, rng)
-        if (zlib.crc32(str(sorted(about)).encode()) % 8 == 0) == (split == "val"):
-            facts = re.split(r"(?<=\w\w[.!])\s+|\n+(?=[-\d])", response)  # each sentence, with the label before it
+        if (zlib.crc32(f"{kind} {sorted(about)}".encode()) % 8 == 0) == (split == "val"):
             records.append({"id": len(records), "category": kind, "prompt": rng.choice(PROMPTS[kind]).format(*words),
-                            "response": response, "facts": facts})
+                            "response": response, "facts": re.split(r"(?<=\w\w[.!])\s+|\n+(?=[-\d])", response)})
     return records
 
-
-def facts_right(answer, facts):
-    """Share of the facts that the answer states, whatever its line breaks."""
-    answer = " ".join(answer.split())
-    return sum(" ".join(fact.split()) in answer for fact in facts) / len(facts)
-
-
-# -----------------------------------------------------------------------------
-# rows and batches
-
+# ---- rows and batches -------------------------------------------------------
 def split_held_out(records, percent=2):
     """(train, held out): by prompt, so that no prompt is on both sides; the same split on every run."""
-    sides = [], []
-    for r in records:
-        sides[zlib.crc32(r["prompt"].encode("utf-8", "replace")) % 100 < percent].append(r)
-    return sides
-
+    held = [zlib.crc32(r["prompt"].encode("utf-8", "replace")) % 100 < percent for r in records]
+    return [r for r, out in zip(records, held) if not out], [r for r, out in zip(records, held) if out]
 
 def make_rows(records, tokenizer, config, mode="aspd", limit=None):
-    """
-    Lays every answer out, tagged ("aspd") or as it stands ("serial") -> (rows, their tallied Stats). An answer longer
-    than the limit (tokens; none: the context), or with a branch longer than the stride, is left out in both modes.
-    """
-    special, limit = tokenizer.special or Special(*[tokenizer.eos] * 7), min(limit or config.block_size, config.block_size)
-    rows, total = [], Counter()
+    """Lays answers out, tagged ("aspd") or as they stand ("serial") -> (rows, their tallied Stats). Both modes leave
+    out answers longer than the limit (tokens; none: the context) or with a branch longer than the stride."""
+    special = tokenizer.special or Special(*[tokenizer.eos] * 7)
+    limit, rows, total = min(limit or config.block_size, config.block_size), [], Counter()
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt, ids = tokenizer.prompt(r["prompt"]), tokenize(extract(r["response"], r["prompt"])[0], tokenizer.encode)
         try:
@@ -643,21 +528,15 @@ def make_rows(records, tokenizer, config, mode="aspd", limit=None):
             tally(total, stats(ids))
     return rows, total
 
-
 def batches(lengths, batch_size, seed):
-    """
-    Endlessly yields arrays of batch_size indices into lengths (N,). Every epoch has a new order, which depends on the
-    seed alone; the answers of a batch are of like length, so that little is padding.
-    """
+    """Endlessly yields batches of like length: arrays of indices into lengths (N,), in a new seeded order an epoch."""
     n, window = len(lengths), 32 * batch_size
     for epoch in itertools.count():
         rng, epoch_batches = np.random.default_rng([seed, epoch]), []
         for part in np.split(rng.permutation(n), range(window, n, window)):
             part = part[np.argsort(lengths[part], kind="stable")]
             epoch_batches += np.split(part, range(batch_size, len(part), batch_size))
-        for i in rng.permutation(len(epoch_batches)):
-            yield epoch_batches[i]
-
+        yield from (epoch_batches[i] for i in rng.permutation(len(epoch_batches)))
 
 def micro_batches(rows, tokens):
     """Rows -> lists of rows of like length: little is padding, and each has at most so many tokens (or is one row)."""
@@ -669,13 +548,9 @@ def micro_batches(rows, tokens):
         groups[-1].append(row)
     return groups
 
-
 def collate(rows, device="cpu"):
-    """
-    Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,
-    or None where no row has a block, which is plain causal. pick, target: (N,) the flat indices of the tokens that
-    have a target, and their targets.
-    """
+    """Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,
+    or None (plain causal) where no row has a block. pick, target: (N,) flat indices of tokens with a target, and it."""
     T = max(len(r.token) for r in rows)
     token, block, branch, position, target = (
         torch.from_numpy(np.stack([np.pad(a, (0, T - len(a)), constant_values=fill) for a in arrays])).to(device)
@@ -684,10 +559,7 @@ def collate(rows, device="cpu"):
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]
     return token, position, mask, pick, target.flatten()[pick]
 
-
-# -----------------------------------------------------------------------------
-# command line
-
+# ---- command line -----------------------------------------------------------
 def show(record, segments, refusals):
     """Prints an answer: a bar of its own colour before every branch, its title underlined, and what was refused."""
     paint = lambda code, s: f"\x1b[{code}m{s}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else s
@@ -701,34 +573,15 @@ def show(record, segments, refusals):
     for reason, start, end in refusals:
         print(paint(2, f"    refused, {reason}: {record['response'][start:start + 60]!r}"))
 
-
-def report(totals, reasons):
-    """Prints the paper's figures, a row a category, and why blocks were refused. totals: {category: tallied Counter}."""
-    print(f"\n{'category':<16}{'answers':>8}{'PPD':>8}{'ABN':>8}{'APD':>8}{'APE':>8}{'speedup':>9}{'best':>7}")
-    for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
-        print("{:<16}{answers:>8}{PPD:>8.1%}{ABN:>8.2f}{APD:>8.1%}{APE:>8.1%}{speedup:>9.2f}{best:>7.2f}".format(
-            name, **summary(total)))
-    print("\nblocks refused:" if reasons else "\nno block was refused")
-    for reason, n in reasons.most_common():
-        print(f"{n:>8}  {reason}")
-
-
-def parse_args():
+def main():
     p = argparse.ArgumentParser(description="Finds the independent parts of answers. Next: python train.py")
-    p.add_argument("file", nargs="?", help='JSON or JSON Lines of {"prompt", "response"}, Alpaca or ShareGPT records; '
-                                           "none: the built-in corpus")
+    p.add_argument("file", nargs="?", help='{"prompt", "response"}, Alpaca or ShareGPT records; none: built-in corpus')
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     p.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their blocks (default: 0)")
-    p.add_argument("--tokenizer", default="bpe", help="counts tokens: bpe (learnt from the answers, the default), a "
-                                                      "tiktoken name, or a published model's folder")
-    return p.parse_args()
-
-
-def main():
-    args, totals, reasons = parse_args(), defaultdict(Counter), Counter()
+    p.add_argument("--tokenizer", default="bpe", help="bpe (learnt here), a tiktoken name, or a published folder")
+    args, totals, reasons = p.parse_args(), defaultdict(Counter), Counter()  # totals: {category: tallied Counter}
     records = lambda: read_records(args.file) if args.file else corpus()
     tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records()))
-
     def lines():
         for n, r in enumerate(tqdm(records(), desc="answers", disable=None)):
             segments, refusals = extract(r["response"], r["prompt"])
@@ -739,11 +592,19 @@ def main():
                 tally(totals[category], stats(tokenize(segments, tokenizer.encode)))
             reasons.update(reason for reason, _, _ in refusals)
             blocks = [s if isinstance(s, str) else {"branches": [b._asdict() for b in s]} for s in segments]
-            yield json.dumps({**{k: v for k, v in r.items() if k != "response"}, "segments": blocks}, ensure_ascii=False)
-
-    write_whole(args.out or os.devnull, lines()) if args.out else [None for _ in lines()]
-    report(totals, reasons)
-
+            small = {key: value for key, value in r.items() if key != "response"}
+            yield json.dumps({**small, "segments": blocks}, ensure_ascii=False)
+    if args.out:
+        write_whole(args.out, lines())
+    else:
+        deque(lines(), maxlen=0)  # for the figures alone
+    print(f"\n{'category':<16}{'answers':>8}{'PPD':>8}{'ABN':>8}{'APD':>8}{'APE':>8}{'speedup':>9}{'best':>7}")
+    row = "{:<16}{answers:>8}{PPD:>8.1%}{ABN:>8.2f}{APD:>8.1%}{APE:>8.1%}{speedup:>9.2f}{best:>7.2f}"
+    for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
+        print(row.format(name, **summary(total)))
+    print("\nblocks refused:" if reasons else "\nno block was refused")
+    for reason, n in reasons.most_common():
+        print(f"{n:>8}  {reason}")
 
 if __name__ == "__main__":
     cli(main)

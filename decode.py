@@ -1,5 +1,4 @@
-"""
-The hybrid engine (paper section 3.4): one answer, one KV cache, switching by itself between serial and parallel.
+"""The hybrid engine (paper section 3.4): one answer, one KV cache, switching by itself between serial and parallel.
 
     prefill -> serial text ->  titles -> prefixes -> all branches, a token each a pass -> serial text -> ... -> end
                ^ a token a pass          ^ one pass  ^ until the longest branch ends
@@ -7,11 +6,8 @@ The hybrid engine (paper section 3.4): one answer, one KV cache, switching by it
 The n-th token fed takes slot n of the cache, and is fed exactly once. owner[slot] says which live branch a slot belongs
 to; when the block ends its slots become everybody's. Nothing is moved, copied or computed again.
 
-    python decode.py --prompt "Tell me about Mars and Venus."
-    python decode.py --prompts FILE.jsonl --json answers.json --temperature 0.7
-
-    from decode import load, generate
-    answer = generate(load("out"), "Tell me about Mars and Venus.")
+    python decode.py --prompt "Tell me about Mars and Venus."  # or: --prompts FILE.jsonl --json answers.json
+    answer = generate(load("out"), "Tell me about Mars and Venus.")  # in Python: from decode import load, generate
 """
 import argparse
 import json
@@ -20,26 +16,21 @@ import shutil
 import sys
 import time
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from aspd import branch_positions, is_block, plain
-from data import Tokenizer, cli, published_tokenizer, read_prompts, write_whole
+from data import MAX_BRANCHES, Tokenizer, cli, published_tokenizer, read_prompts, write_whole
 from model import KVCache, check_device, from_checkpoint, from_published, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32   # tokens of a title at most
 MIN_BRANCH = 8   # tokens that every branch can count on after its title
-MAX_BRANCHES = 16
 
-# -----------------------------------------------------------------------------
-# one pass: grammar, model, sampling
-
+# ---- a model ready to decode: grammar, sampling, one pass -------------------
 TEXT_ONLY, SERIAL, TITLE_START, TITLE, AFTER_TITLE, BRANCH = range(6)  # states of the grammar
-
 
 def grammar(tokenizer, vocab_size):
     """(6, V) bool: the ids allowed in each state, a row a state. Ids without a token are allowed nowhere."""
@@ -53,29 +44,22 @@ def grammar(tokenizer, vocab_size):
         allow[BRANCH, [tags.eos, tags.branch_end]] = True  # end-of-text in a branch only ends the branch
     return allow
 
-
 def sample(logits, u, temperature, top_k, top_p):
-    """
-    One token a row by the inverse CDF: logits (L, V), u (L,) uniform in [0, 1) -> (L,). temperature 0 is greedy.
-    The randomness comes in as a number, so the same branch draws the same token in whatever order branches are decoded.
-    """
+    """One token a row: logits (L, V), u (L,) uniform in [0, 1) -> (L,). temperature 0 is greedy, top_k 0 is off."""
     if temperature == 0:
         return logits.argmax(-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
     values, indices = torch.topk(logits / temperature, k)  # sorted, best first
     p = values.softmax(-1)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0) if top_p < 1 else p  # the fewest tokens that reach top_p
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1)  # inverted at u: a branch draws the same tokens in whatever order the branches are decoded
     chosen = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)
     return indices.gather(-1, chosen)[:, 0]
 
-
 def forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling):
-    """
-    The one step of all modes. feed: (6, W) int64, rows token, position, slot, branch, pick, state; the first `lanes`
-    columns of the last two say which of the W tokens to continue and in which grammar state. uniform: (branches,
-    positions). Returns the chosen tokens (lanes,) and their logits (lanes, V) before the grammar.
-    """
+    """The step of all modes -> chosen tokens (lanes,), their logits (lanes, V) before the grammar. feed: (6, W) int64,
+    rows token, position, slot, branch, pick, state; the first `lanes` columns of the last two say which of the W tokens
+    to continue and in which grammar state. uniform: (branches, positions) random numbers."""
     token, position, slot, branch, pick, state = feed
     pick, state = pick[:lanes], state[:lanes]
     cache.owner[slot] = branch
@@ -84,16 +68,12 @@ def forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling):
     allowed = logits.masked_fill(~allow[state], -torch.inf)
     return sample(allowed, uniform[branch[pick], position[pick]], *sampling), logits
 
-
-# -----------------------------------------------------------------------------
-# a model ready to decode
+def bucket(n, least=1):
+    """The next power of two that is at least n, and at least `least`: few shapes."""
+    return max(least, 1 << (n - 1).bit_length())
 
 class LM:
-    """
-    A model, its tokenizer and what is kept from answer to answer: the grammar's table, the cache and the step, which is
-    forward_pass, perhaps compiled. Compiled, shapes come in buckets, and each is compiled and run once ahead.
-    """
-
+    """A model, its tokenizer and what outlives an answer: grammar, cache and step (forward_pass, perhaps compiled)."""
     def __init__(self, model, tokenizer, compile=False):
         self.model, self.tokenizer, self.compiled = model.eval().requires_grad_(False), tokenizer, compile
         self.device, self.cache, self.step, self.warm = model.wte.weight.device, None, forward_pass, set()
@@ -101,48 +81,22 @@ class LM:
         if compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
             self.step = torch.compile(forward_pass, fullgraph=True, dynamic=True, mode=mode)
-            self.reserve(model.config.block_size)  # once: CUDA graphs keep its address
 
-    def reserve(self, slots):
-        """An empty cache of at least so many slots."""
-        if self.cache is None or self.cache.slots < slots:
-            self.cache = KVCache(self.model.config, bucket(slots, 256), self.model.wte.weight.dtype, self.device)
-        self.cache.owner.zero_()
-        return self.cache
-
-    def uniform(self, sampling, seed):
-        """The random numbers of an answer, drawn ahead: one for each branch (0 is the serial stream) and position."""
-        shape = MAX_BRANCHES + 1, self.model.config.block_size
-        draw = torch.Generator().manual_seed(seed)
-        return (torch.rand(shape, generator=draw) if sampling[0] > 0 else torch.zeros(shape)).to(self.device)
-
-    def warm_up(self, sampling, slots):
-        """Compiles the step and runs it at every shape that so many slots can need, once."""
-        shapes = {(1 << w, 256 << s, sampling) for s in range(bucket(slots, 256).bit_length() - 8) for w in range(9 + s)}
+    def warm_up(self, sampling, n):
+        """Compiles the step and runs it, once, at every shape that n slots can need: the buckets of W and seen."""
+        shapes = {(1 << w, 1 << s, sampling) for s in range(8, bucket(n, 256).bit_length()) for w in range(s + 1)}
         for W, seen, _ in tqdm(sorted(shapes - self.warm), "compiling", leave=False):
+            engine = Engine(self, [], "serial", seen, sampling, 0, MAX_BRANCHES, None)
             for _ in range(3):  # CUDA graphs: warm-up, recording, replay
-                self.run([[]] * 6, W, seen, self.uniform(sampling, 0), sampling)
+                engine.slot = seen - W
+                engine.feed([0] * W, [0] * W, [0] * W, [0], [TEXT_ONLY])
         self.warm |= shapes
 
-    def run(self, rows, W, seen, uniform, sampling):
-        """One pass. rows: the six lists that forward_pass calls feed, padded here to W columns -> chosen tokens, a list."""
-        feed = np.zeros((6, W), dtype=np.int64)
-        feed[2], feed[3] = self.cache.slots, -1  # padding writes to the reserved slot, as a branch that nobody is
-        for whole, row in zip(feed, rows):
-            whole[:len(row)] = row
-        lanes = min(W, MAX_BRANCHES) if self.compiled else len(rows[4])
-        feed = torch.from_numpy(feed).to(self.device)
-        chosen, _ = self.step(self.model, self.cache, self.allow, uniform, feed, seen, lanes, sampling)
-        return chosen[:len(rows[4])].tolist()  # the one synchronisation of a pass
-
-
 def load(path="out", device="cpu", dtype=None, compile=False):
-    """
-    An LM from a train.py folder or a published Llama or Qwen2 folder. dtype: "float32", "bfloat16" or "float64"; by
-    default bfloat16 on CUDA, else float32. ValueError when there is no usable checkpoint.
-    """
+    """An LM from a train.py folder or a published Llama or Qwen2 folder. dtype: "float32", "bfloat16", "float64"; by
+    default bfloat16 on CUDA, else float32. ValueError when there is no usable checkpoint."""
     check_device(device)
-    if Path(path, "config.json").exists():
+    if os.path.exists(os.path.join(path, "config.json")):
         model, tokenizer = from_published(path), published_tokenizer(path)
     else:
         state = read_checkpoint(path)
@@ -152,50 +106,55 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
     return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 
-
-def bucket(n, least=1):
-    """The next power of two that is at least n, and at least `least`: few shapes."""
-    return max(least, 1 << (n - 1).bit_length())
-
-
-# -----------------------------------------------------------------------------
-# the engine
-
+# ---- the engine -------------------------------------------------------------
 # What generate() returns. text: the plain answer; tokens: of the plain answer; steps: forward passes after prefill;
-# seconds: wall-clock, prefill included; ttft: seconds to the first token; blocks: for each block the tokens of each
-# branch, tags aside; finish: "stop", or "length" when the budget or the context cut anything; segments: tokenised.
+# seconds: wall-clock, with prefill; ttft: seconds to the first token; blocks: for each block the tokens of each branch,
+# tags aside; finish: "stop", or "length" when the budget or the context cut anything; segments: tokenised.
 Answer = namedtuple("Answer", "prompt text mode tokens steps seconds ttft blocks finish segments")
-
 
 class Engine:
     """The state of one answer being decoded. Its methods follow the states of the picture above."""
-
     def __init__(self, lm, prompt, mode, max_new_tokens, sampling, seed, max_branches, watch):
         self.lm, self.mode, self.sampling, self.max_branches, self.watch = lm, mode, sampling, max_branches, watch
-        self.tags, self.config, self.prompt = lm.tokenizer.special, lm.model.config, prompt
-        self.budget = min(max_new_tokens, self.config.block_size - len(prompt))  # row tokens that may still be fed
-        self.cache = lm.reserve(len(prompt) + self.budget)
-        self.uniform = lm.uniform(sampling, seed)
-        self.slot, self.position = 0, len(prompt)  # the next slot; the position of the next serial token
-        self.segments, self.in_block = [[]], False
-        self.steps, self.cut = -1, False           # prefill is no step; whether budget or context cut anything
+        self.prompt, self.tags, self.config = prompt, lm.tokenizer.special, lm.model.config
+        self.budget = min(len(prompt) + max_new_tokens, self.config.block_size)  # row tokens that may still be fed
+        slots = bucket(self.config.block_size if lm.compiled else self.budget, 256)  # CUDA graphs keep its address
+        if lm.cache is None or lm.cache.slots < slots:
+            lm.cache = KVCache(self.config, slots, lm.model.wte.weight.dtype, lm.device)
+        lm.cache.owner.zero_()
+        shape, draw = (MAX_BRANCHES + 1, self.config.block_size), torch.Generator().manual_seed(seed)
+        self.uniform = (torch.rand(shape, generator=draw) if sampling[0] > 0 else torch.zeros(shape)).to(lm.device)
+        self.slot, self.position, self.steps = 0, 0, -1  # next slot; next serial position; passes, without prefill
+        self.segments, self.cut = [[]], False            # tokenised; whether the budget or the context cut anything
 
     def feed(self, tokens, positions, branches, pick, states):
-        """One pass: feeds W tokens at the next W slots; returns the tokens chosen after those at `pick`."""
-        W, seen = len(tokens), self.slot + len(tokens)
-        rows = tokens, positions, range(self.slot, seen), branches, pick, states
-        self.slot, self.steps = seen, self.steps + 1
-        if self.lm.compiled:  # few shapes
-            W, seen = bucket(W), bucket(seen, 256)
-        chosen = self.lm.run(rows, W, seen, self.uniform, self.sampling)
+        """One pass: feeds tokens at the next slots; returns the tokens chosen after those at `pick`, a list."""
+        lm, n, lanes, start = self.lm, len(tokens), len(pick), self.slot
+        self.slot, self.steps = start + n, self.steps + 1
+        W, seen, L = n, self.slot, lanes
+        if lm.compiled:  # padded, so that there are few shapes
+            W, seen, L = bucket(n), bucket(self.slot, 256), min(bucket(n), MAX_BRANCHES)
+        feed = np.zeros((6, W), dtype=np.int64)  # rows as in forward_pass
+        feed[2], feed[3] = lm.cache.slots, -1    # padding writes to the reserved slot, as a branch that nobody is
+        feed[:4, :n] = tokens, positions, range(start, self.slot), branches
+        feed[4:, :lanes] = pick, states
+        feed = torch.from_numpy(feed).to(lm.device)
+        chosen, _ = lm.step(lm.model, lm.cache, lm.allow, self.uniform, feed, seen, L, self.sampling)
         if self.watch:
             self.watch(self)
-        return chosen
+        return chosen[:lanes].tolist()  # the one synchronisation of a pass
+
+    def serial(self, tokens, state=None):
+        """Feeds serial tokens; returns the next, chosen in a grammar state: by default text or, with room, a block."""
+        start, n = self.position, len(tokens)
+        self.position, self.budget = start + n, self.budget - n
+        if state is None:
+            state = SERIAL if self.mode != "serial" and self.room([]) else TEXT_ONLY
+        return self.feed(tokens, range(start, start + n), [0] * n, [n - 1], [state])[0]
 
     def run(self):
         """Prefill, then serial text and blocks until end-of-text or until nothing is left."""
-        T = len(self.prompt)
-        token, = self.feed(self.prompt, range(T), [0] * T, [T - 1], [self.serial_state()])
+        token = self.serial(self.prompt)
         self.ttft = time.perf_counter()
         while token != self.lm.tokenizer.eos:
             if min(self.budget, self.config.block_size - self.position) < 1:
@@ -205,93 +164,77 @@ class Engine:
                 token = self.block()
             else:
                 self.segments[-1].append(token)
-                token = self.serial(token)
+                token = self.serial([token])
 
-    def serial(self, token, state=None):
-        """Feeds one serial token; returns the next, chosen in the given grammar state (by default: serial text)."""
-        self.budget -= 1
-        self.position += 1
-        state = self.serial_state() if state is None else state
-        return self.feed([token], [self.position - 1], [0], [0], [state])[0]
-
-    def serial_state(self):
-        """Serial text, with or without the choice to open a block."""
-        return SERIAL if self.mode != "serial" and self.room([]) else TEXT_ONLY
-
-    def room(self, titles):
+    def room(self, block):
         """Whether one more title may start (the first: two): every branch must still get MIN_BRANCH tokens after it."""
-        new = 1 if titles else 2
-        prefixes = [1 + len(t) for t in titles] + [1 + TITLE_CAP] * new
-        n, serial = len(prefixes), new * (TITLE_CAP + 2) + 2  # titles with their tags, <|para|> and <|/para|>
-        fits = n <= self.max_branches and self.budget >= serial + sum(prefixes) + n * (MIN_BRANCH + 1)
-        if self.config.positions == "stride":  # positions run ahead of the row, and a branch must fit its stride
-            fits &= self.position + serial + n * self.config.stride <= self.config.block_size
-            fits &= self.config.stride >= 1 + TITLE_CAP + MIN_BRANCH + 1
+        new, c = 1 if block else 2, self.config
+        n, titles = len(block) + new, sum(len(title) for title, _ in block) + new * TITLE_CAP
+        serial = new * (TITLE_CAP + 2) + 2  # titles with their tags, <|para|> and <|/para|>
+        fits = n <= self.max_branches and self.budget >= serial + titles + n * (MIN_BRANCH + 2)
+        if c.positions == "stride":  # a branch must fit its stride, and positions run ahead of the row
+            fits &= c.stride >= TITLE_CAP + MIN_BRANCH + 2 and self.position + serial + n * c.stride <= c.block_size
         return fits
 
     def block(self):
         """Titles, then branches. Returns the first serial token after the block."""
-        block, token, self.in_block = [], self.tags.title, True
-        self.segments += [block, []]
-        while token == self.tags.title:
+        tags, token, block = self.tags, self.tags.title, []
+        self.segments.append(block)
+        while token == tags.title:
             title = []
             block.append((title, []))
-            token = self.serial(self.tags.title, TITLE_START)
-            while token != self.tags.title_end:
+            token = self.serial([tags.title], TITLE_START)
+            while token != tags.title_end and len(title) < TITLE_CAP:
                 title.append(token)
-                token = self.serial(token, TITLE)
-                if len(title) == TITLE_CAP:
-                    token = self.tags.title_end
-            token = self.serial(self.tags.title_end, AFTER_TITLE)
-            if len(block) == 1:
-                token = self.tags.title
-            elif token == self.tags.title and not self.room([t for t, _ in block]):
+                token = self.serial([token], TITLE)
+            token = self.serial([tags.title_end], AFTER_TITLE)
+            if len(block) == 1:  # forced: a block has at least two branches
+                token = tags.title
+            elif token == tags.title and not self.room(block):
                 self.cut |= len(block) < self.max_branches
-                token = self.tags.para
+                token = tags.para
         self.branches(block)
-        self.in_block = False
-        return self.serial(self.tags.para_end)
+        self.segments.append([])
+        return self.serial([tags.para_end])
 
     def branches(self, block):
         """Feeds <|para|> with all prefixes in one pass, then one token of every live branch a pass."""
-        n, tags, config = len(block), self.tags, self.config
+        n, tags, scheme = len(block), self.tags, (self.config.positions, self.config.stride)
         prefixes = [[tags.branch] + title for title, _ in block]
-        sizes = [len(p) for p in prefixes]
+        sizes = [len(prefix) for prefix in prefixes]
         quota = (self.budget - 2 - sum(sizes)) // n - 1  # tokens a branch, less <|para|>, <|/para|> and <|/branch|>
-        if config.positions == "stride":
-            quota = min(quota, config.stride - max(sizes) - 1)
-        starts, _ = branch_positions(self.position + 1, sizes, config.positions, config.stride)
-        positions = [self.position] + [start + j for start, size in zip(starts, sizes) for j in range(size)]
-        owners = [0] + [i + 1 for i, size in enumerate(sizes) for _ in range(size)]
-        token = self.feed([tags.para] + sum(prefixes, []), positions, owners, np.cumsum(sizes), [BRANCH] * n)
-        for live in [range(n)] if self.mode == "adaptive" else [[i] for i in range(n)]:
-            while live:
+        if self.config.positions == "stride":
+            quota = min(quota, self.config.stride - max(sizes) - 1)
+        starts, _ = branch_positions(self.position + 1, sizes, *scheme)
+        positions = [start + j for start, size in zip(starts, sizes) for j in range(size)]
+        chosen = self.feed([tags.para, *sum(prefixes, [])], [self.position, *positions],
+                           np.repeat(range(n + 1), [1, *sizes]), np.cumsum(sizes), [BRANCH] * n)
+        token, position = np.array(chosen), np.add(starts, sizes)  # the next of each branch
+        for live in np.arange(n).reshape(1 if self.mode == "adaptive" else n, -1):  # a row: side by side
+            while len(live):
                 for i in live:  # end-of-text ends a branch, and so does its quota
-                    over = len(block[i][1]) == quota and token[i] not in (tags.branch_end, tags.eos)
-                    self.cut |= over
-                    token[i] = tags.branch_end if over or token[i] == tags.eos else token[i]
-                fed = [token[i] for i in live]
-                chosen = self.feed(fed, [starts[i] + sizes[i] for i in live], [i + 1 for i in live], range(len(live)),
-                                   [BRANCH] * len(live))
-                for i, old, new in zip(live, fed, chosen):
-                    sizes[i] += 1
-                    token[i] = new
-                    block[i][1].extend([old] if old != tags.branch_end else [])
-                live = [i for i, old in zip(live, fed) if old != tags.branch_end]
-        self.cache.owner.zero_()  # the block's slots become shared
-        _, self.position = branch_positions(self.position + 1, sizes, config.positions, config.stride)
+                    ends = token[i] in (tags.branch_end, tags.eos)
+                    if ends or len(block[i][1]) == quota:
+                        self.cut |= not ends
+                        token[i] = tags.branch_end
+                    else:
+                        block[i][1].append(int(token[i]))
+                goes_on, lanes = token[live] != tags.branch_end, len(live)
+                token[live] = self.feed(token[live], position[live], live + 1, range(lanes), [BRANCH] * lanes)
+                position[live] += 1
+                live = live[goes_on]
+        self.lm.cache.owner.zero_()  # the block's slots become shared
+        sizes = (position - starts).tolist()
+        _, self.position = branch_positions(self.position + 1, sizes, *scheme)
         self.budget -= 1 + sum(sizes)
-
 
 @torch.no_grad()
 def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature=0.0, top_k=0, top_p=1.0, seed=0,
              max_branches=MAX_BRANCHES, watch=None):
-    """
-    Decodes one answer to a prompt (str, put into the model's chat form) -> Answer.
-    mode: "adaptive" (the engine), "branchwise" (the same, branches one after the other) or "serial" (no blocks); by
-    default adaptive where the checkpoint has tags. max_new_tokens counts row tokens. temperature 0 is greedy, top_k 0
-    and top_p 1 are off. watch: called with the Engine after every pass. ValueError for arguments out of range.
-    """
+    """Decodes one answer to a prompt (str, put into the model's chat form) -> Answer. mode: "adaptive" (the engine),
+    "branchwise" (the same, branches one after the other) or "serial" (no blocks); None: adaptive where the checkpoint
+    has tags. max_new_tokens counts row tokens. temperature 0 is greedy, top_k 0 and top_p 1 are off. watch: called with
+    the Engine after every pass. ValueError for arguments out of range."""
     mode = mode or ("adaptive" if lm.tokenizer.special else "serial")
     ids, context = lm.tokenizer.prompt(prompt, system), lm.model.config.block_size
     for ok, message in (
@@ -318,47 +261,35 @@ def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature
     return Answer(prompt, lm.tokenizer.decode(plain(segments)), mode, len(plain(segments)), engine.steps, seconds,
                   engine.ttft - start, blocks, "length" if engine.cut else "stop", segments)
 
-
-# -----------------------------------------------------------------------------
-# the live view
-
+# ---- command line, with a live view -----------------------------------------
 class View:
-    """
-    Shows an answer on a terminal as it grows: serial text as it comes and, while a block is being written, a line a
-    branch. When the block ends its lines give way to the plain text.
-    """
-
+    """Shows an answer as it grows: serial text and, while a block is being written, below it a line a branch."""
     def __init__(self, tokenizer, out):
-        self.tokenizer, self.out, self.text, self.lines, self.shown = tokenizer, out, "", 0, 0.0
+        self.tokenizer, self.out, self.text, self.lines, self.shown = tokenizer, out, "", [], 0.0
 
     def __call__(self, engine):
         if time.perf_counter() - self.shown < 0.05:  # seconds
             return
-        block = engine.segments[-2] if engine.in_block else []
-        self.write(self.tokenizer.decode(plain(engine.segments[:-2] if block else engine.segments)).rstrip("\ufffd"))
-        columns, rows = shutil.get_terminal_size()
+        *done, block = engine.segments if is_block(engine.segments[-1]) else [*engine.segments, []]
+        (columns, rows), lines = shutil.get_terminal_size(), []
         for i, (title, rest) in enumerate(block[:rows - 2]):
             title, rest = (" ".join(self.tokenizer.decode(ids).split()) for ids in (title, rest))
             room = (columns - 4) // (1 if (title + rest).isascii() else 2)  # other characters may be two columns wide
             title, bar = title[:room // 2], "|" if "NO_COLOR" in os.environ else f"\x1b[{31 + i % 6}m|\x1b[0m"
-            self.out.write(f"\n{bar} {title} {rest[-(room - len(title)):]}")
-        self.lines, self.shown = len(block[:rows - 2]), time.perf_counter()
-        self.out.flush()
+            lines.append(f"\n{bar} {title} {rest[-(room - len(title)):]}")
+        self.write(self.tokenizer.decode(plain(done)).rstrip("\ufffd"), lines)
+        self.shown = time.perf_counter()
 
-    def write(self, text):
-        """Takes the branch lines away and writes what is new of the plain text."""
+    def write(self, text, lines=()):
+        """Takes the old branch lines away; writes what is new of the plain text, and the branch lines below it."""
         if self.lines:  # up, to the column behind the text, and clear from there on
             column = len(self.text.rpartition("\n")[2]) % shutil.get_terminal_size().columns
-            self.out.write(f"\x1b[{self.lines}A\x1b[{column + 1}G\x1b[J")
-        self.out.write(text[len(self.text):])
+            self.out.write(f"\x1b[{len(self.lines)}A\x1b[{column + 1}G\x1b[J")
+        self.out.write(text[len(self.text):] + "".join(lines))
         self.out.flush()
-        self.text, self.lines = text, 0
+        self.text, self.lines = text, lines
 
-
-# -----------------------------------------------------------------------------
-# command line
-
-def parse_args():
+def main():
     p = argparse.ArgumentParser(description="Decodes answers, several branches at a time. First: python train.py",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what, add = p.add_mutually_exclusive_group(required=True), p.add_argument
@@ -377,19 +308,14 @@ def parse_args():
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="none: bfloat16 on CUDA, else float32")
     add("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     add("--json", metavar="FILE", help="also write the answers and their figures here")
-    return p.parse_args()
-
-
-def main():
-    args, results = parse_args(), []
+    args, results = p.parse_args(), []
     prompts = [{"category": None, "prompt": args.prompt}] if args.prompts is None else read_prompts(args.prompts)
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    options = {k: getattr(args, k) for k in ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p",
-                                             "max_branches", "seed")}
     for record in prompts:
         view = View(lm.tokenizer, sys.stdout)
         try:
-            answer = generate(lm, record["prompt"], watch=view if sys.stdout.isatty() else None, **options)
+            answer = generate(lm, record["prompt"], args.mode, args.system, args.max_new_tokens, args.temperature,
+                              args.top_k, args.top_p, args.seed, args.max_branches, sys.stdout.isatty() and view)
             view.write(answer.text + "\n")
         except KeyboardInterrupt:
             view.write(view.text + "\n")
@@ -400,7 +326,6 @@ def main():
         results.append({**record, **{k: v for k, v in answer._asdict().items() if k != "segments"}})
     if args.json:
         write_whole(args.json, [json.dumps({"results": results}, ensure_ascii=False, indent=1)])
-
 
 if __name__ == "__main__":
     cli(main)

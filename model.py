@@ -1,13 +1,10 @@
-"""
-A GPT in the shape of Llama and Qwen2: RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional qkv bias,
+"""A GPT in the shape of Llama and Qwen2: RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional qkv bias,
 tied or untied head. Positions and mask are given explicitly, because sibling branches share their positions and do not
 see each other. With a KVCache the same forward pass serves prefill, prefixes and decoding: keys and values are written
 at explicit slots, and the mask says which slots a query sees. Nothing advances in secret.
-
 Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
 """
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +14,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 FORMAT = "aspd-1"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
-
 
 @dataclass
 class GPTConfig:
@@ -36,7 +32,6 @@ class GPTConfig:
     positions: str = "aspd"     # position scheme of the branches: aspd, longest or stride (aspd.branch_positions)
     stride: int = 256           # under "stride": distance of the branches' starts, and their longest length
 
-
 def check_device(device):
     """ValueError unless a device such as "cpu" or "cuda:1" is there."""
     try:
@@ -45,10 +40,8 @@ def check_device(device):
     except RuntimeError as e:
         raise ValueError(f"device {device!r}: {e}") from None
 
-
 class KVCache:
     """Keys and values of one answer. One slot more than asked for takes what padding queries write."""
-
     def __init__(self, config, slots, dtype, device):
         shape = (2, config.n_layer, 1, config.n_kv_head, slots + 1, config.head_size)
         self.slots, (self.k, self.v) = slots, torch.zeros(shape, dtype=dtype, device=device)
@@ -59,10 +52,8 @@ class KVCache:
         owner = self.owner[:seen]
         return (torch.arange(seen, device=owner.device) <= slot[:, None]) & ((owner == 0) | (owner == branch[:, None]))
 
-
 class Block(nn.Module):
     """A layer: attention, then a SwiGLU layer, each behind its norm."""
-
     def __init__(self, config):
         super().__init__()
         C, I, hs = config.n_embd, config.n_inner, config.head_size
@@ -82,15 +73,13 @@ class Block(nn.Module):
         qk = qk * cos + torch.cat((-x2, x1), dim=-1) * sin  # rotary positions
         q, k = qk.split(self.sizes[:2], dim=1)
         if kv is not None:
-            k_cache, v_cache = kv
-            k_cache[:, :, slot], v_cache[:, :, slot] = k, v
-            k, v = k_cache[:, :, :mask.size(-1)], v_cache[:, :, :mask.size(-1)]  # (1, nkv, S, hs)
+            kv[0][:, :, slot], kv[1][:, :, slot] = k, v
+            k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
             q = q.reshape(B, k.size(1), -1, self.head_size)  # (1, nkv, nh/nkv T, hs): a group reads each key once
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
         x = x + self.attn.c_proj(y.reshape(B, -1, T, self.head_size).transpose(1, 2).reshape(B, T, -1))
         gate, up = self.mlp.c_fc(self.ln_2(x)).chunk(2, dim=-1)
         return x + self.mlp.c_proj(F.silu(gate) * up)
-
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -111,11 +100,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None):
-        """
-        idx, position: (B, T); mask: bool, True = sees, broadcastable to (B, nh, T, S); None = plain causal. cache, slot
-        (T,): write keys and values there and read as many slots as the mask is wide (B = 1, mask (T, S)). pick: flat
-        indices of the tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V).
-        """
+        """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, nh, T, S); None = plain causal. cache,
+        slot (T,): write keys and values there, read as many slots as the mask is wide (B = 1, mask (T, S)). pick: flat
+        indices of the tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V)."""
         config, x = self.config, self.wte(idx)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         frequency = config.rope_theta ** -(torch.arange(0, config.head_size, 2, device=x.device) / config.head_size)
@@ -139,17 +126,12 @@ class GPT(nn.Module):
             module.weight = nn.Parameter(F.pad(module.weight, (0, 0, 0, self.config.vocab_size - rows)))
             module.weight[new] = old.float().mean(0).to(old.dtype)
 
-
 def save_checkpoint(out_dir, **state):
     """Writes out_dir/ckpt.pt whole or not at all: a new file first, which then replaces the old one in one step."""
     path = Path(out_dir, "ckpt.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as f:
-        torch.save({"format": FORMAT, **state}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-
+    torch.save({"format": FORMAT, **state}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 def read_checkpoint(out_dir):
     """The dict that save_checkpoint wrote. ValueError when it is missing, cut off or not ours; runs no code from it."""
@@ -164,14 +146,12 @@ def read_checkpoint(out_dir):
     except Exception as e:  # torch.load raises many kinds
         raise ValueError(f"{path} is cut off or not a checkpoint of this version, {FORMAT}: {e!r:.200}") from None
 
-
 def from_checkpoint(state, where="checkpoint"):
     """The model of a checkpoint's dict."""
     try:
         return build(GPTConfig(**state["config"]), state["model"], where)
     except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"{where} is not a checkpoint of this version: {e!r}") from None
-
 
 PUBLISHED_NAMES = {  # our modules, and those of published Llama and Qwen2 checkpoints that, joined, make them
     "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
@@ -185,7 +165,6 @@ SUPPORTED = {  # config.json settings that change the result, and the values tha
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-
 def build(config, weights, where, published=False):
     """A GPT with a dict of tensors for weights. ValueError naming a tensor that is missing, misshapen or unknown."""
     with torch.device("meta"):
@@ -196,10 +175,9 @@ def build(config, weights, where, published=False):
         if published:  # h.3.mlp.c_fc.weight -> model.layers.3.mlp.gate_proj.weight, model.layers.3.mlp.up_proj.weight
             ours = next(module for module in PUBLISHED_NAMES if module in name)
             names = [name.replace(ours, part).replace("h.", "model.layers.") for part in PUBLISHED_NAMES[ours].split()]
-        parts = [left.pop(part, None) for part in names]
-        for part, tensor in zip(names, parts):
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"{where}: the tensor {part} is missing")
+        if missing := [part for part in names if not isinstance(left.get(part), torch.Tensor)]:
+            raise ValueError(f"{where}: the tensor {missing[0]} is missing")
+        parts = [left.pop(part) for part in names]
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         if state[name].shape != empty.shape:
             raise ValueError(f"{where}: {' + '.join(names)} should be {[*empty.shape]}, is {[*state[name].shape]}")
@@ -207,7 +185,6 @@ def build(config, weights, where, published=False):
         raise ValueError(f"{where}: the tensor {min(left)} is not part of such a model")
     model.load_state_dict(state, assign=True)
     return model
-
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes header length, a JSON header, raw tensors."""
@@ -227,7 +204,6 @@ def read_safetensors(path):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: {where}: {e!r}") from None
     return tensors
-
 
 def from_published(path):
     """The model in a published folder. ValueError, by name, for all that would change the result and is not built."""

@@ -1,5 +1,4 @@
-"""
-Trains a GPT on tagged answers under the branch mask (paper section 3.3), from scratch or from a published model.
+"""Trains a GPT on tagged answers under the branch mask (paper section 3.3), from scratch or from a published model.
 
     python train.py                                        # the built-in corpus, from scratch, minutes on a CPU
     python train.py --mode serial --out-dir out-serial     # its serial twin: the same answers, untagged
@@ -19,14 +18,12 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from aspd import IGNORE, POSITIONS, summary
 from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer, micro_batches,
                   published_tokenizer, read_records, split_held_out)
 from model import GPT, GPTConfig, check_device, from_checkpoint, from_published, read_checkpoint, save_checkpoint
-
 
 def parse_args():
     """(args, the dict of the checkpoint to go on from or None). ValueError naming a setting that cannot be."""
@@ -40,12 +37,12 @@ def parse_args():
     add("--stride", type=int, default=256, help='tokens of a branch at most under "stride"')
     add("--no-branch-mask", action="store_true", help="ablation: let branches see each other in training")
     add("--tokenizer", default="bpe", help="from scratch: bpe (learnt from the answers), or a tiktoken name")
-    add("--n-layer", type=int, default=4, help="from scratch: layers")
+    add("--n-layer", type=int, default=3, help="from scratch: layers")
     add("--n-head", type=int, default=4, help="from scratch: attention heads, of 64 channels each")
     add("--block-size", type=int, default=1024, help="context in tokens; longer answers are left out")
-    add("--steps", type=int, help="updates; none: 1200 for the built-in corpus, else --epochs")
+    add("--steps", type=int, help="updates; none: 1400 for the built-in corpus, else --epochs")
     add("--epochs", type=float, default=2.0, help="passes over a file's answers")
-    add("--batch-size", type=int, default=4, help="answers a step")
+    add("--batch-size", type=int, default=8, help="answers a step")
     add("--micro-tokens", type=int, default=8192, help="tokens in memory at once; a batch is summed up in such parts")
     add("--lr", type=float, help="highest learning rate; none: 2e-3 from scratch, 1e-4 otherwise")
     add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
@@ -67,7 +64,6 @@ def parse_args():
             setattr(args, name, saved)
     return args, state
 
-
 def prepare(args, state):
     """(model, tokenizer, records, rows, held-out rows): from a checkpoint's dict, a published folder or scratch."""
     train, val = split_held_out(list(read_records(args.data))) if args.data else (corpus(), corpus(200, split="val"))
@@ -77,7 +73,8 @@ def prepare(args, state):
     elif args.init_from:
         model, tokenizer = from_published(args.init_from).float(), published_tokenizer(args.init_from)
         if args.mode == "aspd":  # embedding rows for the tags
-            model.grow(tokenizer.add_tags().vocab_size, list(tokenizer.special[:6]))
+            tokenizer = tokenizer.add_tags()
+            model.grow(tokenizer.vocab_size, list(tokenizer.special[:6]))
     else:
         tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in train))
         model = GPT(GPTConfig(args.block_size, tokenizer.vocab_size, args.n_layer, args.n_head, n_kv_head=args.n_head,
@@ -88,7 +85,7 @@ def prepare(args, state):
     if not rows or not val_rows:
         raise ValueError(f"{args.data}: only {len(rows)} of {len(train)} answers to train on and {len(val_rows)} of "
                          f"{len(val)} held out fit {args.block_size} tokens")
-    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 1200)
+    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 1400)
     args.lr = args.lr or (1e-4 if args.init_from else 2e-3)
     s = summary(total)
     print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
@@ -96,21 +93,18 @@ def prepare(args, state):
           f"{model.num_params() / 1e6:.2f}M parameters, {args.steps} steps of {args.batch_size} answers", flush=True)
     return model, tokenizer, train, rows, val_rows
 
-
 def make_optimizer(model, lr):
     """AdamW; only matrices decay."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
                "weight_decay": 0.1 * matrix} for matrix in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
-
 def summed_loss(model, rows, args):
     """The loss of a micro-batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, pick, target = collate(rows, args.device)
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logits = model(idx, position, None if args.no_branch_mask else mask, pick=pick)
-    return F.cross_entropy(logits.float(), target, reduction="sum")
-
+    return torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum")
 
 def train_step(model, rows, optimizer, args, rank=0, world=1):
     """One update -> the batch's mean loss, over all processes. Leaves the weights alone where that is not finite."""
@@ -130,14 +124,12 @@ def train_step(model, rows, optimizer, args, rank=0, world=1):
     optimizer.zero_grad()
     return value
 
-
 @torch.no_grad()
 def held_out_loss(model, rows, not_text, args):
     """Mean loss over the plain tokens that the model chooses: none of the ids not_text, no repeated title."""
     rows = [r._replace(target=np.where(np.isin(r.target, not_text), IGNORE, r.target)) for r in rows]
     total = sum(summed_loss(model, group, args).item() for group in micro_batches(rows, args.micro_tokens))
     return total / sum((r.target != IGNORE).sum() for r in rows)
-
 
 def report(args, model, tokenizer, optimizer, records, val_rows):
     """Prints the held-out loss, and what a step on tagged answers costs against the same answers untagged."""
@@ -154,7 +146,6 @@ def report(args, model, tokenizer, optimizer, records, val_rows):
         print(f"against serial training on the same answers: {tokens['aspd'] / tokens['serial'] - 1:+.1%} tokens, "
               f"{min(seconds['aspd']) / min(seconds['serial']) - 1:+.1%} time a step")
 
-
 def main():
     args, state = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -169,13 +160,11 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
     net = torch.compile(model, dynamic=True) if args.compile else model
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
-
-    # the loop; Ctrl-C lets the current step end
-    step, tokens, value, stopped, began = state["step"] if state else 0, 0, math.nan, [], time.perf_counter()
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
-    order = itertools.islice(batches(np.array([len(r.token) for r in rows]), args.batch_size, args.seed), step, args.steps)
-    bar = tqdm(order, "training", args.steps, initial=step, disable=rank > 0 or None)
-    for batch in bar:
+    interrupts, lengths = [], np.array([len(r.token) for r in rows])
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # Ctrl-C lets the current step end
+    step, tokens, value, stop, began = state["step"] if state else 0, 0, math.nan, 0, time.perf_counter()
+    order = itertools.islice(batches(lengths, args.batch_size, args.seed), step, args.steps)
+    for batch in (bar := tqdm(order, "training", args.steps, initial=step, disable=rank > 0 or None)):
         # a linear warm-up over 5% of the steps, under a cosine that ends at a tenth of the highest rate
         lr = args.lr * min((step + 1) / (0.05 * args.steps), 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
@@ -183,23 +172,24 @@ def main():
         value = train_step(net, [rows[i] for i in batch], optimizer, args, rank, world)
         if not math.isfinite(value):
             raise ValueError(f"loss is {value} at step {step}, learning rate {lr:.2e}; last checkpoint: {args.out_dir}")
-        step, tokens = step + 1, tokens + sum(len(rows[i].token) for i in batch)
+        step, tokens = step + 1, tokens + lengths[batch].sum()
         bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
-        last = step == args.steps or bool(stopped)
-        if rank == 0 and (last or step % args.save_every == 0):
+        stop = torch.tensor(len(interrupts), device=args.device)
+        if world > 1:  # a Ctrl-C anywhere stops all processes, at the same step
+            dist.all_reduce(stop)
+        if rank == 0 and (stop or step == args.steps or step % args.save_every == 0):
             save_checkpoint(args.out_dir, step=step, args=vars(args), config=vars(model.config),
-                            model=model.state_dict(), optimizer=optimizer.state_dict(), tokenizer=tokenizer.state())
-        if last:
+                            model=model.state_dict(), optimizer=optimizer.state_dict(), tokenizer=tokenizer.settings)
+        if stop:
             break
     signal.signal(signal.SIGINT, before)
-    print(f"{'stopped by Ctrl-C' if stopped else 'done'} after step {step} of {args.steps}, loss {value:.3f}; {tokens} "
+    print(f"{'stopped by Ctrl-C' if stop else 'done'} after step {step} of {args.steps}, loss {value:.3f}; {tokens} "
           f"tokens in {time.perf_counter() - began:.0f} s; saved to {args.out_dir}\n"
           f"Next: python decode.py --ckpt {args.out_dir} --prompt TEXT", flush=True)
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and not stopped:
+    if rank == 0 and not stop:
         report(args, model, tokenizer, optimizer, records, val_rows)
-
 
 if __name__ == "__main__":
     cli(main)

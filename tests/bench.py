@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspd import is_block, layout, plain, stats, tokenize
-from data import (cli, collate, corpus, extract, facts_right, make_rows, make_tokenizer, micro_batches,
+from data import (cli, collate, corpus, extract, make_rows, make_tokenizer, micro_batches,
                   read_prompts, read_records, write_whole)
 from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Engine, forward_pass, generate, load
 from model import GPT, GPTConfig
@@ -110,8 +110,9 @@ def get_lm(args, texts, dtype=None):
     if not args.shape:
         lm = load(args.ckpt, args.device, dtype, args.compile)
         if not lm.tokenizer.special:  # tags that the model does not know, so that tagged answers can be fed to it
-            lm.model.grow(lm.tokenizer.add_tags().vocab_size, list(lm.tokenizer.special[:6]))
-            return LM(lm.model, lm.tokenizer, args.compile)
+            tokenizer = lm.tokenizer.add_tags()
+            lm.model.grow(tokenizer.vocab_size, list(tokenizer.special[:6]))
+            return LM(lm.model, tokenizer, args.compile)
         return lm
     tokenizer, config = make_tokenizer(args.tokenizer, iter(texts)), GPTConfig(**SHAPES[args.shape])
     config.vocab_size = max(config.vocab_size, tokenizer.vocab_size)
@@ -121,6 +122,12 @@ def get_lm(args, texts, dtype=None):
     for p in model.parameters():
         p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
     return LM(model, tokenizer, args.compile)
+
+
+def facts_right(answer, facts):
+    """Share of the facts that the answer states, whatever its line breaks."""
+    answer = " ".join(answer.split())
+    return sum(" ".join(fact.split()) in answer for fact in facts) / len(facts)
 
 
 # -----------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def save_tiny(out_dir, model=None, **changes):
     """A checkpoint of tiny_model(), as train.py would write it, with changes to its dict."""
     model = model or tiny_model()
     state = dict(step=3, args={}, config=asdict(model.config), model=model.state_dict(), optimizer={},
-                 tokenizer=TOKENIZER.state())
+                 tokenizer=TOKENIZER.settings)
     save_checkpoint(out_dir, **state | changes)
     return out_dir
 

@@ -39,7 +39,7 @@ def files(tmp_path_factory):
         whole = (folder / name / "ckpt.pt").read_bytes()
         (folder / name / "ckpt.pt").write_bytes({"cut-off": whole[:-200], "garbage": b"hello\n" * 99, "emptied": b""}[name])
     torch.save({"weights": 1}, (folder / "foreign").mkdir() or folder / "foreign" / "ckpt.pt")
-    save_tiny(folder / "untagged", tokenizer={**TOKENIZER.state(), "special": None})
+    save_tiny(folder / "untagged", tokenizer={**TOKENIZER.settings, "special": None})
     publish(folder / "published", published_config("llama", True))
     publish(folder / "scaled", {**published_config("llama", True), "rope_scaling": {"rope_type": "yarn"}})
     return folder

@@ -10,15 +10,16 @@ import torch
 
 import data
 from aspd import branch_mask, layout
-from data import (PATTERN, Tokenizer, batches, collate, corpus, learn_bpe, make_rows, micro_batches, published_tokenizer,
-                  read_prompts, read_records, split_held_out)
+from data import (PATTERN, Tokenizer, batches, collate, corpus, learn_bpe, make_rows, micro_batches,
+                  published_tokenizer, read_prompts, read_records, split_held_out)
 from helpers import TOKENIZER, random_ids, random_text
 from model import GPT, GPTConfig, read_checkpoint, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # files
 
-PAIRS = [("How?", "So: 1 + 1 = 2.\n"), ("Why\n\nnot? \u2028", "Because.\r\n\r\nNext \U0001f600"), ("\u6f22", "\u5b57 {x}")]
+PAIRS = [("How?", "So: 1 + 1 = 2.\n"), ("Why\n\nnot? \u2028", "Because.\r\n\r\nNext \U0001f600"),
+         ("\u6f22", "\u5b57 {x}")]
 FORMATS = {
     "prompt": lambda p, r: {"prompt": p, "response": r},
     "alpaca": lambda p, r: {"instruction": p, "input": "", "output": r},
@@ -33,7 +34,7 @@ def as_lines(records):
 @pytest.mark.parametrize("head", ["", "\ufeff", "\n  "], ids=["bare", "BOM", "blank"])
 @pytest.mark.parametrize("write", [json.dumps, as_lines], ids=["JSON", "JSON Lines"])
 def test_all_formats_give_the_same_records(tmp_path, write, head):
-    """Prompts and answers arrive character for character, whatever the format and what editors put before the first one."""
+    """Prompts and answers arrive character for character, whatever the format and what editors put before them."""
     for name, wrap in FORMATS.items():
         path = tmp_path / name
         path.write_text(head + write([wrap(*pair) for pair in PAIRS]), encoding="utf-8", newline="")
@@ -49,8 +50,9 @@ def test_every_answer_of_a_conversation_has_the_user_turn_before_it(tmp_path):
 
 def test_alpaca_input_and_small_fields_are_kept(tmp_path):
     path = tmp_path / "alpaca.jsonl"
-    path.write_text('{"instruction": "Sort.", "input": "b a", "output": "a b", "category": "c", "model": "m", "id": 7}\n')
-    assert list(read_records(path)) == [{"id": 7, "prompt": "Sort.\n\nb a", "response": "a b", "category": "c", "model": "m"}]
+    small = {"id": 7, "category": "c", "model": "m"}
+    path.write_text(json.dumps({"instruction": "Sort.", "input": "b a", "output": "a b", **small}))
+    assert list(read_records(path)) == [{"prompt": "Sort.\n\nb a", "response": "a b", **small}]
 
 
 GOOD = b'{"prompt": "p", "response": "r"}\n'
@@ -61,15 +63,17 @@ BAD_FILES = {  # content, what the message must name
     "not an object": (GOOD + b"[1]\n", ["line 2", "list"]),
     "not an object in an array": (b'[{"prompt": "p", "response": "r"}, 3]', ["record 2", "int"]),
     "no answer": (GOOD + b'{"prompt": "p"}\n', ["line 2", "response", "prompt"]),
-    "blank answer": (b'{"prompt": "p", "response": " \\n"}\n', ["line 1", "answer"]),
-    "answer is no text": (b'{"prompt": "p", "response": 3}\n', ["line 1", "answer"]),
+    "blank answer": (b'{"prompt": "p", "response": " \\n"}\n', ["line 1", "no response in a record"]),
+    "answer is no text": (b'{"prompt": "p", "response": 3}\n', ["line 1", "no response in a record"]),
     "other field names": (b'{"question": "q", "reply": "r"}\n', ["line 1", "question, reply"]),
     "Alpaca without an output": (b'{"instruction": "i", "input": ""}\n', ["line 1", "instruction, input"]),
     "Alpaca instruction is no text": (b'{"instruction": 5, "input": "x", "output": "o"}\n', ["line 1"]),
     "conversation is no list": (b'{"conversations": null}\n', ["line 1", "conversations"]),
     "turn is no object": (b'{"conversations": ["hello"]}\n', ["line 1", "conversations"]),
-    "user turn is no text": (b'{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]}', ["line 1"]),
-    "answer turn is no text": (b'{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": 3}]}', ["line 1"]),
+    "user turn is no text": (
+        b'{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]}', ["line 1"]),
+    "answer turn is no text": (
+        b'{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": 3}]}', ["line 1"]),
     "no usable answers": (b'{"conversations": [{"from": "human", "value": "hi"}]}\n', ["no usable answers"]),
     "empty file": (b"", ["no usable answers"]),
     "blank file": (b"\n\n", ["no usable answers"]),
@@ -126,7 +130,8 @@ def test_user_text_never_becomes_a_special_token():
 
 def test_any_text_survives_the_round_trip_and_surrogates_become_the_replacement_character():
     rng = random.Random(0)
-    pick = lambda: chr(rng.choice([rng.randrange(128), rng.randrange(0x800), rng.randrange(0xD000, 0xE100), rng.randrange(0x110000)]))
+    pick = lambda: chr(rng.choice([rng.randrange(128), rng.randrange(0x800), rng.randrange(0xD000, 0xE100),
+                                   rng.randrange(0x110000)]))
     for tokenizer in (TOKENIZER, Tokenizer(PATTERN, learn_bpe("two tips and two more tips " * 9, 300), 300).add_tags()):
         for _ in range(200):
             text = "".join(pick() for _ in range(20)) + random_text(rng)
@@ -172,23 +177,26 @@ PRE_TOKENIZERS = {
 MERGES = ["Ġ t", "h e", "Ġt he", "t he", "Ġ Ġ", "Ċ Ċ", "Ġ 1", "1 2", "Ġ1 2", "' s", "' S", "Ã ©", "Ġ Ã©", ". Ċ",
           "ĠĠ ĠĠ", "< |", "| >", "i m", "_ e"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SAMPLE = ("the 12 the's THE'S  the\n\n12. x\n\n \n  1212  12    the\n\nthe cafe\u0301 \u00e9 caf\u00e9.\n\n.\nend\t\t1\u00bd\u2167"
-          " \u0663\u0664 <|im_end|><|branch|> 's' \u6f22\u5b57 \U0001f600\x00\r\n\r\nim_end \u2028 \u00a012 ")
+SAMPLE = ("the 12 the's THE'S  the\n\n12. x\n\n \n  1212  12    the\n\nthe cafe\u0301 \u00e9 caf\u00e9.\n\n"
+          ".\nend\t\t1\u00bd\u2167 \u0663\u0664 <|im_end|><|branch|> 's' \u6f22\u5b57 \U0001f600\x00"
+          "\r\n\r\nim_end \u2028 \u00a012 ")
 
 
 def write_tokenizer(folder, name="smollm2", template="", change=lambda t, config: None):
     """tokenizer.json and tokenizer_config.json; change(tokenizer, config) may alter both before they are written."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
-    tokens = [chr(b) for b in visible] + [chr(256 + n) for n in range(len(hidden))] + [m.replace(" ", "") for m in MERGES]
+    tokens = [chr(b) for b in visible] + [chr(256 + n) for n in range(len(hidden))]
+    tokens += [m.replace(" ", "") for m in MERGES]
     everything = tokens + SPECIALS if name == "qwen2" else SPECIALS + tokens
     vocab = {token: i for i, token in enumerate(everything) if name != "qwen2" or token not in SPECIALS}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     t = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": BYTE_LEVEL,
          "added_tokens": [{"id": everything.index(s), "content": s, **flags} for s in SPECIALS],
          "normalizer": {"type": "NFC"} if name == "qwen2" else None, "pre_tokenizer": PRE_TOKENIZERS[name],
-         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-                   "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": MERGES}}
+         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                   "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                   "merges": MERGES}}
     config = {"eos_token": "<|im_end|>", "chat_template": template}
     t = json.loads(json.dumps(t))  # a copy, free to change
     change(t, config)
@@ -199,21 +207,25 @@ def write_tokenizer(folder, name="smollm2", template="", change=lambda t, config
 
 # The ids that the tokenizers library 0.23.3 gives, with special tokens in the text taken as text.
 EXPECTED = {
-    "gpt2": [262, 267, 261, 268, 223, 54, 42, 39, 9, 53, 223, 261, 201, 201, 266, 16, 223, 90, 264, 223, 201, 223, 267, 266, 223,
-        267, 263, 223, 261, 201, 201, 262, 223, 69, 67, 72, 71, 139, 226, 271, 223, 69, 67, 72, 270, 16, 201, 201, 16,
-        201, 71, 80, 70, 200, 200, 19, 129, 124, 161, 230, 103, 223, 152, 99, 152, 100, 223, 274, 276, 65, 71, 80, 70,
-        275, 274, 68, 84, 67, 80, 69, 74, 275, 223, 9, 85, 9, 223, 165, 123, 98, 164, 258, 248, 223, 175, 256, 249, 225,
-        191, 204, 201, 204, 201, 276, 65, 71, 80, 70, 223, 161, 225, 104, 223, 129, 257, 266, 223],
-    "smollm2": [262, 223, 19, 20, 261, 268, 223, 54, 42, 39, 9, 53, 223, 261, 264, 19, 20, 16, 223, 90, 264, 223, 201, 263, 19, 20, 19,
-        20, 263, 19, 20, 263, 223, 261, 201, 201, 262, 223, 69, 67, 72, 71, 139, 226, 271, 223, 69, 67, 72, 270, 16,
-        201, 201, 16, 201, 71, 80, 70, 200, 200, 19, 129, 124, 161, 230, 103, 223, 152, 99, 152, 100, 223, 274, 276, 65,
-        71, 80, 70, 275, 274, 68, 84, 67, 80, 69, 74, 275, 223, 9, 85, 9, 223, 165, 123, 98, 164, 258, 248, 223, 175,
-        256, 249, 225, 191, 204, 201, 204, 201, 276, 65, 71, 80, 70, 223, 161, 225, 104, 223, 129, 257, 19, 20, 223],
-    "qwen2": [259, 220, 16, 17, 258, 265, 220, 51, 39, 36, 266, 220, 258, 261, 16, 17, 13, 220, 87, 261, 220, 198, 220, 220, 16, 17,
-        16, 17, 220, 220, 16, 17, 260, 220, 258, 261, 259, 220, 66, 64, 69, 267, 268, 220, 66, 64, 69, 267, 13, 261,
-        269, 68, 77, 67, 197, 197, 16, 126, 121, 158, 227, 100, 220, 149, 96, 149, 97, 220, 271, 273, 274, 77, 67, 272,
-        271, 65, 81, 64, 77, 66, 71, 272, 220, 6, 82, 6, 220, 162, 120, 95, 161, 255, 245, 220, 172, 253, 246, 222, 188,
-        201, 198, 201, 198, 273, 274, 77, 67, 220, 158, 222, 101, 220, 126, 254, 16, 17, 220],
+    "gpt2": [
+        262, 267, 261, 268, 223, 54, 42, 39, 9, 53, 223, 261, 201, 201, 266, 16, 223, 90, 264, 223, 201, 223, 267,
+        266, 223, 267, 263, 223, 261, 201, 201, 262, 223, 69, 67, 72, 71, 139, 226, 271, 223, 69, 67, 72, 270, 16,
+        201, 201, 16, 201, 71, 80, 70, 200, 200, 19, 129, 124, 161, 230, 103, 223, 152, 99, 152, 100, 223, 274, 276,
+        65, 71, 80, 70, 275, 274, 68, 84, 67, 80, 69, 74, 275, 223, 9, 85, 9, 223, 165, 123, 98, 164, 258, 248, 223,
+        175, 256, 249, 225, 191, 204, 201, 204, 201, 276, 65, 71, 80, 70, 223, 161, 225, 104, 223, 129, 257, 266, 223],
+    "smollm2": [
+        262, 223, 19, 20, 261, 268, 223, 54, 42, 39, 9, 53, 223, 261, 264, 19, 20, 16, 223, 90, 264, 223, 201, 263,
+        19, 20, 19, 20, 263, 19, 20, 263, 223, 261, 201, 201, 262, 223, 69, 67, 72, 71, 139, 226, 271, 223, 69, 67,
+        72, 270, 16, 201, 201, 16, 201, 71, 80, 70, 200, 200, 19, 129, 124, 161, 230, 103, 223, 152, 99, 152, 100,
+        223, 274, 276, 65, 71, 80, 70, 275, 274, 68, 84, 67, 80, 69, 74, 275, 223, 9, 85, 9, 223, 165, 123, 98, 164,
+        258, 248, 223, 175, 256, 249, 225, 191, 204, 201, 204, 201, 276, 65, 71, 80, 70, 223, 161, 225, 104, 223, 129,
+        257, 19, 20, 223],
+    "qwen2": [
+        259, 220, 16, 17, 258, 265, 220, 51, 39, 36, 266, 220, 258, 261, 16, 17, 13, 220, 87, 261, 220, 198, 220, 220,
+        16, 17, 16, 17, 220, 220, 16, 17, 260, 220, 258, 261, 259, 220, 66, 64, 69, 267, 268, 220, 66, 64, 69, 267,
+        13, 261, 269, 68, 77, 67, 197, 197, 16, 126, 121, 158, 227, 100, 220, 149, 96, 149, 97, 220, 271, 273, 274,
+        77, 67, 272, 271, 65, 81, 64, 77, 66, 71, 272, 220, 6, 82, 6, 220, 162, 120, 95, 161, 255, 245, 220, 172, 253,
+        246, 222, 188, 201, 198, 201, 198, 273, 274, 77, 67, 220, 158, 222, 101, 220, 126, 254, 16, 17, 220],
 }
 
 
@@ -223,8 +235,10 @@ def test_published_ids_equal_the_tokenizers_library(tmp_path, name):
     write_tokenizer(tmp_path, name)
     tokenizer = published_tokenizer(tmp_path)
     assert tokenizer.encode(SAMPLE) == EXPECTED[name]
-    assert set(used) == {tokenizer.eos + d for d in (-2, -1, 0)} and not set(EXPECTED[name]) & set(used)
-    assert tokenizer.special is None and tokenizer.add_tags().special[0] == max([*tokenizer.ranks.values(), *tokenizer.added]) + 1
+    used = set(tokenizer.settings["added"])
+    assert used == {tokenizer.eos + d for d in (-2, -1, 0)} and not set(EXPECTED[name]) & used
+    assert tokenizer.special is None
+    assert tokenizer.add_tags().special[0] == max([*tokenizer.settings["ranks"].values(), *tokenizer.settings["added"]]) + 1
 
 
 def set_in(path, value):
@@ -241,16 +255,20 @@ REFUSED = {  # a change, and what the message must name
     "normalizers": (set_in(["normalizer"], {"type": "Sequence", "normalizers": []}), "normalizer.*Sequence"),
     "pre_tokenizer": (set_in(["pre_tokenizer"], {"type": "Whitespace"}), "pre_tokenizer.*Whitespace"),
     "no pre_tokenizer": (set_in(["pre_tokenizer"], None), "pre_tokenizer"),
-    "grouped digits": (set_in(["pre_tokenizer", "pretokenizers", 0, "individual_digits"], False), "pre_tokenizer.*individual_digits"),
-    "add_prefix_space": (set_in(["pre_tokenizer", "pretokenizers", 1], {**BYTE_LEVEL, "add_prefix_space": True}), "add_prefix_space"),
-    "no regex": (set_in(["pre_tokenizer", "pretokenizers", 1], {**BYTE_LEVEL, "use_regex": False}), "pre_tokenizer.*use_regex"),
+    "grouped digits": (set_in(["pre_tokenizer", "pretokenizers", 0, "individual_digits"], False),
+                       "pre_tokenizer.*individual_digits"),
+    "add_prefix_space": (set_in(["pre_tokenizer", "pretokenizers", 1], {**BYTE_LEVEL, "add_prefix_space": True}),
+                         "add_prefix_space"),
+    "no regex": (set_in(["pre_tokenizer", "pretokenizers", 1], {**BYTE_LEVEL, "use_regex": False}),
+                 "pre_tokenizer.*use_regex"),
     "removing split": (set_in(["pre_tokenizer"], {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Removed", "invert": False},
         {**BYTE_LEVEL, "use_regex": False}]}), "Split.*Removed"),
     "byte_fallback": (set_in(["model", "byte_fallback"], True), "byte.fallback"),
     "Unigram": (set_in(["model", "type"], "Unigram"), "Unigram"),
     "merges out of order": (set_in(["model", "merges"], MERGES[::-1]), "merges"),
-    "Llama 2's chat": (lambda t, config: config.update(chat_template="[INST] {{ messages[0]['content'] }} [/INST]"), "ChatML"),
+    "Llama 2's chat": (lambda t, config: config.update(chat_template="[INST] {{ messages[0]['content'] }} [/INST]"),
+                       "ChatML"),
     "no end-of-text": (lambda t, config: config.pop("eos_token"), "eos_token"),
     "end-of-text unknown": (lambda t, config: config.update(eos_token="</s>"), "eos_token.*</s>"),
 }
@@ -275,23 +293,26 @@ def test_folder_without_a_readable_tokenizer_is_refused(tmp_path):
 TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 TAIL = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TEMPLATES = {  # as the models ship it (Qwen2.5's without the parts for tools), and the system turn that it opens with
-    "smollm2": ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-                "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}" + TURN +
-                "{% endfor %}" + TAIL, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "smollm2": ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>"
+                "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+                "{% endif %}" + TURN + "{% endfor %}" + TAIL,
+                "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
     "qwen2": ("{%- if tools %}\n    {{- '<|im_start|>system\\n' }}\n    {%- if messages[0]['role'] == 'system' %}\n"
-              "        {{- messages[0]['content'] }}\n    {%- else %}\n        {{- 'You are Qwen, created by Alibaba Cloud. You are "
-              "a helpful assistant.' }}\n    {%- endif %}\n{%- else %}\n    {%- if messages[0]['role'] == 'system' %}\n        "
+              "        {{- messages[0]['content'] }}\n    {%- else %}\n        {{- 'You are Qwen, created by Alibaba "
+              "Cloud. You are a helpful assistant.' }}\n    {%- endif %}\n{%- else %}\n"
+              "    {%- if messages[0]['role'] == 'system' %}\n        "
               "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n    {%- else %}\n        "
-              "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n"
+              "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>"
+              "\\n' }}\n"
               "    {%- endif %}\n{%- endif %}\n{%- for message in messages %}" + TURN + "{%- endfor %}\n" + TAIL,
               "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     "no default": ("{% for message in messages %}" + TURN + "{% endfor %}" + TAIL, None),
 }
 
 
-def rendered(tokenizer, used, ids):
+def rendered(tokenizer, ids):
     """Ids -> text with the special tokens written out."""
-    names = dict(zip(sorted(used), SPECIALS))
+    names = dict(zip(sorted(tokenizer.settings["added"]), SPECIALS))
     return "".join(names[special] if special else tokenizer.decode(list(group))
                    for special, group in itertools.groupby(ids, key=lambda i: i if i in names else None))
 
@@ -307,8 +328,8 @@ def test_prompt_takes_the_models_own_chat_form(tmp_path, name, system):
     expected = "".join(f"<|im_start|>system\n{text}<|im_end|>\n" for text in [system or default] if text)
     expected += f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.prompt(user, system)
-    assert rendered(tokenizer, used, ids) == expected
-    assert sum(i in used for i in ids) == expected.replace(user, "").count("<|im_")
+    assert rendered(tokenizer, ids) == expected
+    assert sum(i in tokenizer.settings["added"] for i in ids) == expected.replace(user, "").count("<|im_")
 
 
 def test_checkpoint_restores_the_tokenizer(tmp_path):
@@ -316,9 +337,9 @@ def test_checkpoint_restores_the_tokenizer(tmp_path):
     write_tokenizer(tmp_path, "qwen2", TEMPLATES["qwen2"][0])
     published = published_tokenizer(tmp_path)
     for tokenizer in (TOKENIZER, published, published_tokenizer(tmp_path).add_tags()):
-        save_checkpoint(tmp_path, tokenizer=tokenizer.state())
+        save_checkpoint(tmp_path, tokenizer=tokenizer.settings)
         again = Tokenizer(**read_checkpoint(tmp_path)["tokenizer"])
-        assert again.state() == tokenizer.state() and again.vocab_size == tokenizer.vocab_size
+        assert again.settings == tokenizer.settings and again.vocab_size == tokenizer.vocab_size
         assert again.special == tokenizer.special and again.eos == tokenizer.eos
         for text in (SAMPLE, "<|branch|>\ud800"):
             assert again.encode(text) == tokenizer.encode(text) and again.prompt(text) == tokenizer.prompt(text)
@@ -358,10 +379,11 @@ def test_less_than_a_tenth_of_what_is_fed_is_padding():
 
 def test_collated_rows_equal_rows_alone():
     """In a batch of rows of different lengths, with and without blocks, a model sees each row as if it were alone."""
-    rows = [layout([1, 2], random_ids(seed, blocks=seed % 3, branches=2 + seed, long=20), TOKENIZER.special) for seed in range(4)]
+    rows = [layout([1, 2], random_ids(seed, blocks=seed % 3, branches=2 + seed, long=20), TOKENIZER.special)
+            for seed in range(4)]
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=512, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_inner=16,
-                          head_size=8)).double().requires_grad_(False)
+    model = GPT(GPTConfig(block_size=512, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=16,
+                          n_inner=16, head_size=8)).double().requires_grad_(False)
     for group in (rows, [rows[0]], [rows[0], rows[3]._replace(block=rows[3].block * 0, branch=rows[3].branch * 0)]):
         idx, position, mask, pick, target = collate(group)
         logits = model(idx, position, mask)

@@ -81,13 +81,15 @@ STRUCTURES = {  # answer, the first words of every branch
         f"1. Ash\nHeight: thirty metres, {WALK}\nUse: tools\n2. Elm\nHeight: twenty metres, {REST}\nUse: boats\n",
         [["1. Ash", "2. Elm"]]),
     "Roman numbers hold letters": (
-        f"I. Body\nA. Walking: {WALK}\nB. Running\nII. Mind\nA. Sleep: {REST}\nB. Reading\n", [["I. Body", "II. Mind"]]),
+        f"I. Body\nA. Walking: {WALK}\nB. Running\nII. Mind\nA. Sleep: {REST}\nB. Reading\n",
+        [["I. Body", "II. Mind"]]),
     "Chinese": ("建议如下：\n\n一、早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n二、运动：每天早上散步三十分钟，风雨无阻。\n",
                 [["一、早睡", "二、运动"]]),
     "Chinese labels": ("早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n\n运动：每天早上散步三十分钟，风雨无阻，坚持一年。\n",
                        [["早睡", "运动"]]),
     "letters keep their greeting": (
-        f"Subject: Offer\n\nDear Ms Ray,\n\nWe offer:\n\n- Walks: {WALK}.\n- Meals: {FOOD}.\n\nYours,\nAnn", [["- Walks", "- Meals"]]),
+        f"Subject: Offer\n\nDear Ms Ray,\n\nWe offer:\n\n- Walks: {WALK}.\n- Meals: {FOOD}.\n\nYours,\nAnn",
+        [["- Walks", "- Meals"]]),
 }
 
 
@@ -211,7 +213,8 @@ def test_summary_below_a_section_is_serial():
 
 
 def test_refused_sections_may_hold_lists_that_are_independent():
-    answer = (f"**Plan:**\n\nRent is = 940 euros.\n\n- Walk: {WALK}.\n- Rest: {REST}.\n\n**Money:**\n\nKeep 940 euros.\n\n"
+    answer = (f"**Plan:**\n\nRent is = 940 euros.\n\n- Walk: {WALK}.\n- Rest: {REST}.\n\n"
+              "**Money:**\n\nKeep 940 euros.\n\n"
               f"- Food: {FOOD}.\n- Books: borrow most of them from the library in the town that is next to you.\n")
     assert "uses a value worked out in a sibling" in reasons(answer)
     assert [len(block) for block in blocks(answer)] == [2, 2]
@@ -223,10 +226,12 @@ def test_refused_sections_may_hold_lists_that_are_independent():
 
 TITLES = {  # items, their titles
     "up to the colon": (["1. Sleep: a lot", "2. Move: a bit"], ["1. Sleep", "2. Move"]),
-    "up to the end of the bold span": (["- **Sleep well** each night", "- **Move** daily"], ["- **Sleep well", "- **Move"]),
+    "up to the end of the bold span": (["- **Sleep well** each night", "- **Move** daily"],
+                                       ["- **Sleep well", "- **Move"]),
     "up to the dash": (["* Oslo - a port", "* Rome - a capital"], ["* Oslo", "* Rome"]),
     "fewest words that tell apart": (["1. Buy green apples", "2. Buy red cherries"], ["1. Buy green", "2. Buy red"]),
-    "a long label is cut": (["1. Sleeping in a cold room: good", "2. Moving in the open air: good"], ["1. Sleeping", "2. Moving"]),
+    "a long label is cut": (["1. Sleeping in a cold room: good", "2. Moving in the open air: good"],
+                            ["1. Sleeping", "2. Moving"]),
 }
 
 
@@ -238,7 +243,7 @@ def test_title_is_the_label_or_the_fewest_words_that_tell_the_part_apart(name):
 
 
 def test_block_opens_only_where_it_saves_steps():
-    """The longest branch is waited for and titles and tags are serial, so one long part among short ones saves nothing."""
+    """The longest branch is waited for, titles and tags are serial: one long part among short ones saves nothing."""
     item = "is a harbour town with an old market and a bridge"
     assert len(blocks(f"- Oslo: {item}.\n- Rome: {item}.\n- Bern: {item}.\n")) == 1
     assert blocks(f"- Oslo: {' '.join([item] * 30)}.\n- Rome: small.\n- Bern: quiet.\n") == []
@@ -247,25 +252,27 @@ def test_block_opens_only_where_it_saves_steps():
 # -----------------------------------------------------------------------------
 # any text at all, in linear time
 
-PIECES = ["1. ", "2) ", "- ", "* ", "**Bold:** ", "## ", "\n", "\n\n", "\r\n", "\t", "    ", "```\n", "|a|b|\n", "---\n", "Step 1: ",
-          "Label:\n", "a. ", "ii. ", "(1) ", "一、", "早睡：", "<|branch|>", "<|/title|>", "the pan ", "a pan ", "However, ", "They are ",
-          "= 12.5 ", "x = 3\n", "`x.py` ", "\u2028", "\x00", "\ud800", "🙂", "é", "First, ", "Summary\n", "word ", "٣. ", "²) "]
+PIECES = ["1. ", "2) ", "- ", "* ", "**Bold:** ", "## ", "\n", "\n\n", "\r\n", "\t", "    ", "```\n", "|a|b|\n",
+          "---\n", "Step 1: ", "Label:\n", "a. ", "ii. ", "(1) ", "一、", "早睡：", "<|branch|>", "<|/title|>", "the pan ",
+          "a pan ", "However, ", "They are ", "= 12.5 ", "x = 3\n", "`x.py` ", "\u2028", "\x00", "\ud800", "🙂", "é",
+          "First, ", "Summary\n", "word ", "٣. ", "²) "]
 
 
 def test_nothing_is_lost_whatever_the_text():
-    """Random Markdown rubble: joined segments are the text; titles are distinct, non-empty prefixes of their branches."""
+    """Random Markdown rubble: joined segments are the text; titles are distinct, non-empty prefixes of branches."""
     rng = random.Random(0)
     for n in range(FUZZED):
         answer = "".join(rng.choices(PIECES, k=rng.randrange(60)))
         if n % 3 == 0:  # longer items, so that many texts hold a block
-            answer = "".join(f"{rng.choice(['- ', f'{i}. '])}{i}{' '.join(rng.choices(PIECES, k=12))}\n" for i in range(9))
+            answer = "".join(f"{rng.choice(['- ', f'{i}. '])}{i}{' '.join(rng.choices(PIECES, k=12))}\n"
+                             for i in range(9))
         for block in blocks(answer, "".join(rng.choices(PIECES, k=3))):
             assert 2 <= len(block) <= 16 and len({b.title for b in block}) == len(block)
             assert all(b.title.strip() and b.text.startswith(b.title) for b in block), answer
 
 
-STRESS = {"1. 1. 1.": "1. ", "items": "1. a thing of the town\n", "labels": "Aa: b\n\n", "stars": "* ", "blank lines": "\n",
-          "headings": "# a\n", "code": "x = 33\n", "one word": "a", "fences": "```\n"}
+STRESS = {"1. 1. 1.": "1. ", "items": "1. a thing of the town\n", "labels": "Aa: b\n\n", "stars": "* ",
+          "blank lines": "\n", "headings": "# a\n", "code": "x = 33\n", "one word": "a", "fences": "```\n"}
 
 
 @pytest.mark.parametrize("name", STRESS)
