@@ -437,14 +437,15 @@ SOUP = ("To make the {0}:\n\n1. Wash the {1} and cut them into small pieces.\n"
         "2. Fry these pieces in a large pot with a little oil for 5 minutes.\n"
         "3. Pour 1 litre of water over the mixture and bring it to the boil.\n"
         "4. Now let that {0} simmer until the {2} are soft, then season it with salt.\n\nEnjoy your {0}!")
+NUMBERS = "one two three four five six seven eight nine".split()
 VEGETABLES = "beans carrots leeks mushrooms onions peas potatoes tomatoes".split()
 FORMS = {  # opening; what stands before, between and after the sentences of a thing
-    "numbered": ("Here are the {}, one by one:", "{}. {}: ", " ", "\n"),
+    "numbered": ("Here are the {}, one by one:", "{}. **{}**: ", " ", "\n"),
     "bulleted": ("Here is what to know about the {}:", "- **{1}**: ", " ", "\n"),
-    "headed": ("This is a short guide to the {}.", "### {1}\n\n", " ", "\n\n"),
+    "headed": ("This is a short guide to the {}.", "### **{1}**\n\n", " ", "\n\n"),
     "labelled": ("The {} differ in several ways.", "**{1}**: ", " ", "\n\n"),
     "nested": ("Key facts about the {}:", "- **{1}**\n  - ", "\n  - ", "\n"),
-    "short-list": ("Here are the {1}:", "- {1}: ", "", "\n"),
+    "short-list": ("Here are the {1}:", "- **{1}**: ", "", "\n"),
     "prose": ("", "", " ", " "),
 }
 PROMPTS = {
@@ -480,7 +481,7 @@ def draw(kind, rng):
         numbers = sorted(rng.sample(range(1, 10), 3))
         totals = list(itertools.accumulate(numbers))
         steps = [f"{i}. {totals[i - 1]} + {numbers[i]} = {totals[i]}.\n" for i in range(1, len(numbers))]
-        words = [str(n) for n in rng.sample(numbers, len(numbers))]
+        words = [NUMBERS[n - 1] for n in rng.sample(numbers, len(numbers))]
         return words, [listing(words)], f"Smallest first:\n\n{''.join(steps)}\nThe total is {totals[-1]}."
     if kind == "steps":
         foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
@@ -513,8 +514,7 @@ def split_held_out(records, percent=2):
     return [r for r, out in zip(records, held) if not out], [r for r, out in zip(records, held) if out]
 
 def make_rows(records, tokenizer, config, mode="aspd", limit=None):
-    """Lays answers out, tagged ("aspd") or as they stand ("serial") -> (rows, their tallied Stats). Both modes leave
-    out answers longer than the limit (tokens; none: the context) or with a branch longer than the stride."""
+    """(rows, tallied Stats) of answers, tagged or "serial", without those over the limit (none: context) or stride."""
     special = tokenizer.special or Special(*[tokenizer.eos] * 7)
     limit, rows, total = min(limit or config.block_size, config.block_size), [], Counter()
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
