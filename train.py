@@ -43,7 +43,7 @@ def parse_args():
     add("--steps", type=int, help="updates; none: 1100 for the built-in corpus, else --epochs")
     add("--epochs", type=float, default=2.0, help="passes over a file's answers")
     add("--batch-size", type=int, default=8, help="answers a step")
-    add("--micro-tokens", type=int, default=8192, help="tokens in memory at once; a batch is summed up in such parts")
+    add("--micro-tokens", type=int, default=4096, help="tokens in memory at once; a batch is summed up in such parts")
     add("--lr", type=float, help="highest learning rate; none: 2e-3 from scratch, 1e-4 otherwise")
     add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
