@@ -122,7 +122,7 @@ MIN_SAVED = 6      # words; a smaller gain is not worth its tags
 LABEL_WORDS = 3    # a longer label is cut to the fewest words that tell its part apart
 # structure: what opens a part, and its rank (the smaller, the further out; a list item adds its indentation)
 LEVELS = [(level, rank, re.compile(pattern)) for level, rank, pattern in [  # group 1: siblings open alike
-    *[("heading", rank, rf"({'#' * rank})[ \t]+\S") for rank in range(1, 7)],
+    ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank: how many
     ("bold line", 7, r"(\*\*|__)[^\s*_][^*_\n]{0,100}(?:\*\*|__)[:：]?\s*$"),
     ("number", 10, r"((?:\*\*)?[(（]?)(\d{1,3}|[ivx]{1,5}|[IVX]{1,5}|[^\W\d_])(?:[.)）．](?=\s|\*\*|[一-鿿])|、)"),
     ("bullet", 10, r"([-*+•‣◦▪●–])[ \t]+\S"),
@@ -150,7 +150,7 @@ def read_marks(lines):
             if (outer > 9 or depth < 2) and (m := pattern.match(line, depth)):
                 mark = m[2] if level == "number" else ""  # 3, B or iv
                 number, style = (int(mark), 1) if mark.isdecimal() else (0, mark.strip("ivxIVX") and mark.isupper())
-                kind, rank = (level, m[1], style, depth), outer + depth * (outer > 9)
+                kind, rank = (level, m[1], style, depth), (outer or len(m[1])) + depth * (outer > 9)
                 break
         marks.append(("opaque" if fence or fenced else kind, rank, number))
     return marks
