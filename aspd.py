@@ -8,8 +8,7 @@ texts joined are the answer. The tagged answer writes a block's titles first, an
                    <|branch|>2. Move: walk daily.<|/branch|>
                <|/para|>  Start today.
 
-    python aspd.py        # prints a tagged answer, its row table and its branch mask
-"""
+    python aspd.py        # prints a tagged answer, its row table and its branch mask"""
 from collections import namedtuple
 
 import numpy as np

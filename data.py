@@ -3,8 +3,7 @@
     python data.py                                # what the extractor finds in the built-in corpus
     python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes the segments of all
 
-extract() cuts an answer into segments without losing a character and checks that the branches do not need each other.
-"""
+extract() cuts an answer into segments without losing a character and checks that the branches do not need each other."""
 import argparse
 import itertools
 import json
@@ -462,6 +461,7 @@ PROMPTS = {
 }
 
 def listing(words):
+    """["a", "b", "c"] -> "a, b and c"."""
     return ", ".join(words[:-1]) + " and " + words[-1]
 
 def describe(topic, rows, kind):

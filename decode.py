@@ -7,8 +7,7 @@ The n-th token fed takes slot n of the cache, and is fed exactly once. owner[slo
 to; when the block ends its slots become everybody's. Nothing is moved, copied or computed again.
 
     python decode.py --prompt "Tell me about Mars and Venus."  # or: --prompts FILE.jsonl --json answers.json
-    answer = generate(load("out"), "Tell me about Mars and Venus.")  # in Python: from decode import load, generate
-"""
+    answer = generate(load("out"), "Tell me about Mars and Venus.")  # in Python: from decode import load, generate"""
 import argparse
 import json
 import os

@@ -2,8 +2,7 @@
 tied or untied head. Positions and mask are given explicitly, because sibling branches share their positions and do not
 see each other. With a KVCache the same forward pass serves prefill, prefixes and decoding: keys and values are written
 at explicit slots, and the mask says which slots a query sees. Nothing advances in secret.
-Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
-"""
+Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ FORMAT = "aspd-1"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and 
 
 @dataclass
 class GPTConfig:
+    """The shape of a model; the defaults have about the size of GPT-2."""
     block_size: int = 1024      # context: positions and row tokens at most
     vocab_size: int = 50304     # rows of the embedding, tags and padding included
     n_layer: int = 12
@@ -82,6 +82,7 @@ class Block(nn.Module):
         return x + self.mlp.c_proj(F.silu(gate) * up)
 
 class GPT(nn.Module):
+    """Embedding, layers, norm and head; see forward for the shapes."""
     def __init__(self, config):
         super().__init__()
         self.config = config

@@ -5,8 +5,7 @@
     python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model on your own answers
     torchrun --nproc_per_node=8 train.py ...               # data parallel: the same batches, split among processes
 
-Ctrl-C saves and stops; --resume goes on from the last checkpoint, bit for bit on a CPU.
-"""
+Ctrl-C saves and stops; --resume goes on from the last checkpoint, bit for bit on a CPU."""
 import argparse
 import itertools
 import math
