@@ -70,9 +70,7 @@ def layout(prompt, ids, special, positions="aspd", stride=0):
     tokens, block, branch, position, chosen = zip(*pieces)
     token, position = np.array([i for piece in tokens for i in piece], dtype=np.int64), np.concatenate(position)
     block, branch, chosen = np.repeat([block, branch, chosen], [len(piece) for piece in tokens], axis=1)
-    target = np.full_like(token, IGNORE)  # or the next token of the same stream, where that is chosen
-    order = np.lexsort((branch, block))   # stream after stream; every branch starts forced, so none runs into the next
-    target[order[:-1]] = np.where(chosen, token, IGNORE)[order[1:]]
+    target = np.append(np.where(chosen, token, IGNORE)[1:], IGNORE)  # the next one, if chosen: branches start forced
     target[np.flatnonzero(block == 0)[-1]] = special.eos
     return Row(token, block, branch, position, target)
 

@@ -131,6 +131,8 @@ LEVELS = [(level, rank, re.compile(pattern)) for level, rank, pattern in [  # gr
 ]]
 OPAQUE = re.compile(r"[ \t]*(?:(```|~~~)|\|)")  # code and tables are never cut
 PREFIX = re.compile(r"\W*(?:\w{1,3}[.)）．、](?=[\s*一-鿿]))?\W*")  # the marker of a part
+LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
+WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
 WORKS_ON = (r"(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In short|Overall|Therefore|总结|Final Answer|Calculating"
             r"|(?:Explanation|Solution|Comparison|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
 
@@ -188,9 +190,6 @@ def find_runs(lines, marks):
                     break
                 stack.pop()
     return [run for run in runs if len(run.parts) > 1]
-
-LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
-WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
 
 def name_parts(parts):
     """A title for each part: its label if that is short, else the fewest words that no sibling starts with."""
@@ -432,11 +431,11 @@ Brazil|South America|Brasilia|8.5 million|a starry blue globe|carnival, waterfal
 China|East Asia|Beijing|9.6 million|five yellow stars on red|a very long wall and giant pandas
 Canada|North America|Ottawa|10.0 million|a red maple leaf|mountain lakes, forests and ice hockey
 """.split("\n\n")]
-SOUP = ("To make the {0}:\n\n1. Wash the {1} and cut them into small pieces.\n"
+SOUP = ("To make the {0}:\n\n1. Wash {1} and cut them into small pieces.\n"
         "2. Fry these pieces in a large pot with a little oil for 5 minutes.\n"
         "3. Pour 1 litre of water over the mixture and bring it to the boil.\n"
         "4. Now let that {0} simmer until the {2} are soft, then season it with salt.\n\nEnjoy your {0}!")
-NUMBERS = "one two three four five six seven eight nine".split()
+NUMBERS = "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 VEGETABLES = "beans carrots leeks mushrooms onions peas potatoes tomatoes".split()
 FORMS = {  # opening; what stands before, between and after the sentences of a thing
     "numbered": ("Here are the {}, one by one:", "{}. **{}**: ", " ", "\n"),
@@ -454,7 +453,8 @@ PROMPTS = {
     "labelled": ("Compare {}.", "How do {} differ?", "What sets {} apart?"),
     "nested": ("Make a fact sheet for {}.", "Give me the key facts about {}.", "Take notes on {}."),
     "two-lists": ("Tell me about {}, then about {}.", "Make a list on {}, one on {}.", "Two topics, please: {}; {}."),
-    "sums": ("Add {} step by step.", "What is the sum of {}?", "I walked {} km on my trips. How far is that in all?"),
+    "sums": ("I walk {} km a day. How far is that in {} days?", "How many km are {} km a day for {} days?",
+             "Add up {} km a day over {} days."),
     "steps": ("How do I make a {1} with {0}?", "Give me a {1} recipe with {0}.", "Explain how to cook a {1} with {0}."),
     "short-list": ("What are the {1} of {0}?", "List only the {1} of {0}.", "Just the {1} of {0}, please."),
     "prose": ("Write one paragraph about {}.", "Describe {} in a few sentences.", "Can you say a few words on {}?"),
@@ -470,7 +470,7 @@ def describe(topic, rows, kind):
     lines = {"prose": topic[2:3], "short-list": [[value]]}.get(kind, topic[1:3])
     text = opening.format(*topic[0]) + "\n\n"
     for i, (name, *row) in enumerate(rows, 1):
-        sentences = [line.format(name, *row) for line, in lines]
+        sentences = [line.format(f"**{name}**" if kind == "prose" else name, *row) for line, in lines]
         text += before.format(i, name) + between.join(sentences) + after
     closing = f"\n\nOverall, {rows[0][0]} is the smallest and {rows[-1][0]} the largest."
     return text.strip() + (closing if kind not in ("prose", "short-list") else "")
@@ -478,15 +478,14 @@ def describe(topic, rows, kind):
 def draw(kind, rng):
     """(what the answer is about, the words for the prompt, the answer, which keeps the order of the table)."""
     if kind == "sums":
-        numbers = sorted(rng.sample(range(1, 10), 3))
-        totals = list(itertools.accumulate(numbers))
-        steps = [f"{i}. {totals[i - 1]} + {numbers[i]} = {totals[i]}.\n" for i in range(1, len(numbers))]
-        words = [NUMBERS[n - 1] for n in rng.sample(numbers, len(numbers))]
-        return words, [listing(words)], f"Smallest first:\n\n{''.join(steps)}\nThe total is {totals[-1]}."
+        km, days = rng.randrange(5, 16), rng.randrange(3, 8)
+        lines = [f"Day {day} of {days}: {km * day - km} + {km} = {km * day} km." for day in range(1, days + 1)]
+        text = "Day by day:\n\n" + "\n".join(lines) + f"\n\nIn all, that is {km * days} km."
+        return [km, days], [NUMBERS[km - 3], NUMBERS[days - 3]], text
     if kind == "steps":
         foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
-        return foods, [listing(foods), dish], SOUP.format(dish, listing(sorted(foods)), max(foods))
-    sizes = {"two-lists": (4, 4, 5), "short-list": (2, 3, 4), "prose": (2, 3, 4)}.get(kind, (2, 3, 4, 5, 6, 6, 7, 8))
+        return foods, [listing(foods), dish], SOUP.format(dish, listing(sorted(f"the **{f}**" for f in foods)), max(foods))
+    sizes = {"two-lists": (3, 4), "short-list": (2, 3, 4), "prose": (2, 3, 4, 5)}.get(kind, (2, 4, 5, 6, 6, 7, 7, 8))
     kinds = ("bulleted", "numbered") if kind == "two-lists" else (kind,)
     topics = sorted(rng.sample(TOPICS, len(kinds)), key=TOPICS.index)
     picks = [rng.sample(topic[3:], rng.choice(sizes)) for topic in topics]
@@ -495,16 +494,15 @@ def draw(kind, rng):
     return sum(names, []), [*map(listing, names), topics[0][0][1]], "\n\n".join(map(describe, topics, picks, kinds))
 
 def corpus(n=6000, seed=1337, split="train"):
-    """n records {"id", "category", "prompt", "response", "facts"}. In "val" a kind of answer is about things that
-    it is never about in "train"."""
+    """n records {"id", "category", "prompt", "response", "facts"}. In "val" a kind of answer is about other things."""
     rng, records, kinds = random.Random(f"{split} {seed}"), [], list(PROMPTS)
-    kinds += 2 * kinds[6:] if split == "train" else []  # the short ones: many tasks for few tokens
+    kinds += 2 * ["two-lists"] + 2 * ["sums"] + 2 * ["steps"] + 3 * ["prose"] if split == "train" else []  # what is hard
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]
         about, words, response = draw(kind, rng)
-        if (zlib.crc32(f"{kind} {sorted(about)}".encode()) % 8 == 0) == (split == "val"):
+        if (random.Random(f"{kind} {sorted(about)}").random() < 1 / 8) == (split == "val"):
             records.append({"id": len(records), "category": kind, "prompt": rng.choice(PROMPTS[kind]).format(*words),
-                            "response": response, "facts": re.split(r"(?<=\w\w[.!])\s+|\n+(?=[-\d])", response)})
+                            "response": response, "facts": re.split(r"(?<=\w\w[.!]) |(?<![*\n])\n+", response)})
     return records
 
 # ---- rows and batches -------------------------------------------------------
@@ -538,11 +536,15 @@ def batches(lengths, batch_size, seed):
             epoch_batches += np.split(part, range(batch_size, len(part), batch_size))
         yield from (epoch_batches[i] for i in rng.permutation(len(epoch_batches)))
 
+def rounded(n, multiple):
+    """n, up to the next multiple: fewer shapes, for each of which a CPU prepares its kernels anew, and keeps them."""
+    return -(-n // multiple) * multiple
+
 def micro_batches(rows, tokens):
     """Rows -> lists of rows of like length: little is padding, and each has at most so many tokens (or is one row)."""
     groups = [[]]
     for row in sorted(rows, key=lambda r: len(r.token)):
-        n, group = len(row.token), groups[-1]
+        n, group = rounded(len(row.token), 16), groups[-1]
         if group and ((len(group) + 1) * n > tokens or n > 1.2 * len(group[0].token)):
             groups.append([])
         groups[-1].append(row)
@@ -550,13 +552,15 @@ def micro_batches(rows, tokens):
 
 def collate(rows, device="cpu"):
     """Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,
-    or None (plain causal) where no row has a block. pick, target: (N,) flat indices of tokens with a target, and it."""
-    T = max(len(r.token) for r in rows)
+    or None (plain causal) where no row has a block. pick: (N,) flat indices of all tokens with a target, and of a few
+    without; target: (N,), those without being IGNORE. Rounded up: T to 16, N to 128 where there are as many tokens."""
+    T = rounded(max(len(r.token) for r in rows), 16)
     token, block, branch, position, target = (
         torch.from_numpy(np.stack([np.pad(a, (0, T - len(a)), constant_values=fill) for a in arrays])).to(device)
         for arrays, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)))
     mask = branch_mask(block, branch)[:, None] if block.any() else None
-    pick = (target.flatten() != IGNORE).nonzero()[:, 0]
+    ignored = (target.flatten() == IGNORE).byte()
+    pick = ignored.argsort(stable=True)[:rounded(int((1 - ignored).sum()), 128)]
     return token, position, mask, pick, target.flatten()[pick]
 
 # ---- command line -----------------------------------------------------------
@@ -565,15 +569,14 @@ def show(record, segments, refusals):
     paint = lambda code, s: f"\x1b[{code}m{s}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else s
     print(paint(1, f"\n--- {record['id']}: {record['prompt'][:100]!r}"))
     for s in segments:
-        for i, b in enumerate([] if isinstance(s, str) else s):
-            bar = paint(31 + i % 6, "| ")
-            print(bar + paint(4, b.title) + b.text[len(b.title):].rstrip("\n").replace("\n", "\n" + bar))
-        if isinstance(s, str):
-            print(s.rstrip("\n"))
+        for i, (title, text) in enumerate([("", s)] if isinstance(s, str) else s):
+            bar = "" if isinstance(s, str) else paint(31 + i % 6, "| ")
+            print(bar + paint(4, title) + text[len(title):].rstrip("\n").replace("\n", "\n" + bar))
     for reason, start, end in refusals:
         print(paint(2, f"    refused, {reason}: {record['response'][start:start + 60]!r}"))
 
 def main():
+    """The command line: the table of what extract() finds."""
     p = argparse.ArgumentParser(description="Finds the independent parts of answers. Next: python train.py")
     p.add_argument("file", nargs="?", help='{"prompt", "response"}, Alpaca or ShareGPT records; none: built-in corpus')
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
@@ -592,19 +595,15 @@ def main():
                 tally(totals[category], stats(tokenize(segments, tokenizer.encode)))
             reasons.update(reason for reason, _, _ in refusals)
             blocks = [s if isinstance(s, str) else {"branches": [b._asdict() for b in s]} for s in segments]
-            small = {key: value for key, value in r.items() if key != "response"}
-            yield json.dumps({**small, "segments": blocks}, ensure_ascii=False)
-    if args.out:
-        write_whole(args.out, lines())
-    else:
-        deque(lines(), maxlen=0)  # for the figures alone
+            del r["response"]
+            yield json.dumps({**r, "segments": blocks}, ensure_ascii=False)
+    write_whole(args.out, lines()) if args.out else deque(lines(), maxlen=0)  # or for the figures alone
     print(f"\n{'category':<16}{'answers':>8}{'PPD':>8}{'ABN':>8}{'APD':>8}{'APE':>8}{'speedup':>9}{'best':>7}")
     row = "{:<16}{answers:>8}{PPD:>8.1%}{ABN:>8.2f}{APD:>8.1%}{APE:>8.1%}{speedup:>9.2f}{best:>7.2f}"
     for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
         print(row.format(name, **summary(total)))
     print("\nblocks refused:" if reasons else "\nno block was refused")
-    for reason, n in reasons.most_common():
-        print(f"{n:>8}  {reason}")
+    print(*(f"{n:>8}  {reason}" for reason, n in reasons.most_common()), sep="\n")
 
 if __name__ == "__main__":
     cli(main)

@@ -117,9 +117,11 @@ class Engine:
         self.lm, self.mode, self.sampling, self.max_branches, self.watch = lm, mode, sampling, max_branches, watch
         self.prompt, self.tags, self.config = prompt, lm.tokenizer.special, lm.model.config
         self.budget = min(len(prompt) + max_new_tokens, self.config.block_size)  # row tokens that may still be fed
-        slots = bucket(self.config.block_size if lm.compiled else self.budget, 256)  # CUDA graphs keep its address
+        slots = bucket(self.config.block_size if lm.compiled else self.budget, 256)  # one size for all
         if lm.cache is None or lm.cache.slots < slots:
             lm.cache = KVCache(self.config, slots, lm.model.wte.weight.dtype, lm.device)
+            for tensor in (lm.cache.k, lm.cache.v, lm.cache.owner, lm.allow) if lm.compiled else ():
+                torch._dynamo.mark_static_address(tensor)  # CUDA graphs use it in place instead of copying it
         lm.cache.owner.zero_()
         shape, draw = (MAX_BRANCHES + 1, self.config.block_size), torch.Generator().manual_seed(seed)
         self.uniform = (torch.rand(shape, generator=draw) if sampling[0] > 0 else torch.zeros(shape)).to(lm.device)
@@ -270,25 +272,25 @@ class View:
         if time.perf_counter() - self.shown < 0.05:  # seconds
             return
         *done, block = engine.segments if is_block(engine.segments[-1]) else [*engine.segments, []]
-        (columns, rows), lines = shutil.get_terminal_size(), []
-        for i, (title, rest) in enumerate(block[:rows - 2]):
+        text, (columns, rows), lines = self.tokenizer.decode(plain(done)), shutil.get_terminal_size(), []
+        for i, (title, rest) in enumerate(block[:rows - 2] if text[-1:] in ("", "\n") else []):  # on lines of their own
             title, rest = (" ".join(self.tokenizer.decode(ids).split()) for ids in (title, rest))
             room = (columns - 4) // (1 if (title + rest).isascii() else 2)  # other characters may be two columns wide
             title, bar = title[:room // 2], "|" if "NO_COLOR" in os.environ else f"\x1b[{31 + i % 6}m|\x1b[0m"
             lines.append(f"\n{bar} {title} {rest[-(room - len(title)):]}")
-        self.write(self.tokenizer.decode(plain(done)).rstrip("\ufffd"), lines)
+        self.write(text.rstrip("\ufffd"), lines)
         self.shown = time.perf_counter()
 
     def write(self, text, lines=()):
         """Takes the old branch lines away; writes what is new of the plain text, and the branch lines below it."""
-        if self.lines:  # up, to the column behind the text, and clear from there on
-            column = len(self.text.rpartition("\n")[2]) % shutil.get_terminal_size().columns
-            self.out.write(f"\x1b[{len(self.lines)}A\x1b[{column + 1}G\x1b[J")
+        if self.lines:  # up, to the first column, and clear from there on
+            self.out.write(f"\x1b[{len(self.lines)}A\x1b[G\x1b[J")
         self.out.write(text[len(self.text):] + "".join(lines))
         self.out.flush()
         self.text, self.lines = text, lines
 
 def main():
+    """The command line."""
     p = argparse.ArgumentParser(description="Decodes answers, several branches at a time. First: python train.py",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what, add = p.add_mutually_exclusive_group(required=True), p.add_argument

@@ -26,7 +26,8 @@ from model import GPT, GPTConfig, check_device, from_checkpoint, from_published,
 
 def parse_args():
     """(args, the dict of the checkpoint to go on from or None). ValueError naming a setting that cannot be."""
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Trains on tagged answers. Next: python decode.py --prompt TEXT",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--data", metavar="FILE", help="answers, as data.py reads them; none: the built-in corpus")
     add("--init-from", metavar="DIR", help="a published Llama or Qwen2 folder to start from; none: from scratch")
@@ -39,11 +40,11 @@ def parse_args():
     add("--n-layer", type=int, default=3, help="from scratch: layers")
     add("--n-head", type=int, default=4, help="from scratch: attention heads, of 64 channels each")
     add("--block-size", type=int, default=1024, help="context in tokens; longer answers are left out")
-    add("--steps", type=int, help="updates; none: 1100 for the built-in corpus, else --epochs")
+    add("--steps", type=int, help="updates; none: 2250 for the built-in corpus, else --epochs")
     add("--epochs", type=float, default=2.0, help="passes over a file's answers")
-    add("--batch-size", type=int, default=8, help="answers a step")
+    add("--batch-size", type=int, default=4, help="answers a step")
     add("--micro-tokens", type=int, default=4096, help="tokens in memory at once; a batch is summed up in such parts")
-    add("--lr", type=float, help="highest learning rate; none: 2e-3 from scratch, 1e-4 otherwise")
+    add("--lr", type=float, help="highest learning rate; none: 1.5e-3 from scratch, 1e-4 otherwise")
     add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast; the weights stay float32")
@@ -84,8 +85,8 @@ def prepare(args, state):
     if not rows or not val_rows:
         raise ValueError(f"{args.data}: only {len(rows)} of {len(train)} answers to train on and {len(val_rows)} of "
                          f"{len(val)} held out fit {args.block_size} tokens")
-    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 1100)
-    args.lr = args.lr or (1e-4 if args.init_from else 2e-3)
+    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2250)
+    args.lr = args.lr or (1e-4 if args.init_from else 1.5e-3)
     s = summary(total)
     print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
           f"{s['PPD']:.0%} have parallel parts, ideal speedup {s['speedup']:.2f}x\n"
@@ -96,7 +97,7 @@ def make_optimizer(model, lr):
     """AdamW; only matrices decay."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
                "weight_decay": 0.1 * matrix} for matrix in (True, False)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
 
 def summed_loss(model, rows, args):
     """The loss of a micro-batch, summed over its targets: under the branch mask, in autocast."""
@@ -146,6 +147,7 @@ def report(args, model, tokenizer, optimizer, records, val_rows):
               f"{min(seconds['aspd']) / min(seconds['serial']) - 1:+.1%} time a step")
 
 def main():
+    """The command line: the training loop."""
     args, state = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -164,8 +166,8 @@ def main():
     step, tokens, value, stop, began = state["step"] if state else 0, 0, math.nan, 0, time.perf_counter()
     order = itertools.islice(batches(lengths, args.batch_size, args.seed), step, args.steps)
     for batch in (bar := tqdm(order, "training", args.steps, initial=step, disable=rank > 0 or None)):
-        # a linear warm-up over 5% of the steps, under a cosine that ends at a tenth of the highest rate
-        lr = args.lr * min((step + 1) / (0.05 * args.steps), 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        # a linear warm-up over 5% of the steps, under a cosine to zero
+        lr = args.lr * min((step + 1) / (0.05 * args.steps), 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
         value = train_step(net, [rows[i] for i in batch], optimizer, args, rank, world)

@@ -3,6 +3,8 @@ Measures ASPD: against serial decoding, and against what the machine can do. Pri
 
     python tests/bench.py --baseline out-serial                        # the built-in corpus: speed and facts
     python tests/bench.py --prompts FILE.jsonl --baseline out-serial   # your prompts
+    python tests/bench.py --held-out FILE.jsonl --baseline out-serial  # loss on the answers that train.py held out
+    python tests/bench.py --transformers FILE.jsonl --ckpt DIR         # a published model, against that library
     python tests/bench.py --replay FILE.jsonl --shape smollm2-135m     # given answers, whatever the weights know
     python tests/bench.py --step --shape qwen2.5-7b                    # a step's time by width, memory bandwidth
     python tests/bench.py --train --shape smollm2-135m                 # training against a bare loop
@@ -31,10 +33,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspd import is_block, layout, plain, stats, tokenize
 from data import (cli, collate, corpus, extract, make_rows, make_tokenizer, micro_batches,
-                  read_prompts, read_records, write_whole)
-from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Engine, forward_pass, generate, load
+                  read_prompts, read_records, split_held_out, write_whole)
+from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Answer, Engine, forward_pass, generate, load
 from model import GPT, GPTConfig
-from train import make_optimizer, train_step
+from train import held_out_loss, make_optimizer, train_step
 
 SHAPES = {  # published models, to be filled with random weights
     "tiny": dict(block_size=4096, vocab_size=4096, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=128,
@@ -262,6 +264,67 @@ def bench_prompts(args):
     return report(results, opens_blocks(results), ("fewer_steps",)), results
 
 
+def bench_held_out(args):
+    """Loss a plain token on the file's held-out answers: ASPD under its mask, its serial twin on the same, untagged."""
+    if not args.baseline:
+        raise ValueError("--held-out compares two models: add --baseline, the serial twin's folder")
+    _, records = split_held_out(list(read_records(args.held_out)))
+    settings = Namespace(device=args.device, dtype=args.dtype or "bfloat16", micro_tokens=4096, no_branch_mask=False)
+    losses, counts = {}, {}
+    for mode, path in (("aspd", args.ckpt), ("serial", args.baseline)):
+        lm = load(path, args.device, "float32")
+        rows, _ = make_rows(evenly(records, args.limit), lm.tokenizer, lm.model.config, mode, args.block_size)
+        if not rows:
+            raise ValueError(f"{args.held_out}: no held-out answer fits {args.block_size} tokens")
+        counts[mode] = [len(rows), sum(len(r.token) for r in rows)]
+        not_text = [lm.tokenizer.eos, *(lm.tokenizer.special or ())]
+        losses[mode] = float(held_out_loss(lm.model, rows, not_text, settings))
+    table("held-out loss", ["side", "answers", "row tokens", "loss", "of serial"],
+          [[mode, *counts[mode], loss, loss / losses["serial"]] for mode, loss in losses.items()],
+          ["d", "d", ".4f", ".4f"])
+    return {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}, []
+
+
+def bench_transformers(args):
+    """Our serial greedy decoding of a published model against the transformers library's: logits, text, speed."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("--transformers needs that library beside (pip install transformers)") from None
+    lm = load(args.ckpt, args.device, args.dtype, args.compile)
+    dtype, eos = lm.model.wte.weight.dtype, lm.tokenizer.eos
+    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).to(args.device).eval()
+    errors = []
+
+    def ours(r):
+        return generate(lm, r["prompt"], mode="serial", max_new_tokens=args.max_new_tokens)
+
+    @torch.no_grad()
+    def theirs(r):
+        ids = torch.tensor([lm.tokenizer.prompt(r["prompt"])], device=args.device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
+                             do_sample=False, eos_token_id=eos, pad_token_id=eos)
+        new = [i for i in out[0, ids.size(1):].tolist() if i != eos]
+        return Answer(r["prompt"], lm.tokenizer.decode(new), "serial", len(new), len(new), 0, 0, [], "", [new])
+
+    records = evenly(read_prompts(args.transformers), args.limit)
+    for r in records[:10]:
+        ids = torch.tensor([lm.tokenizer.prompt(r["prompt"])], device=args.device)
+        with torch.no_grad():
+            a, b = lm.model(ids, torch.arange(ids.size(1), device=args.device)[None]).float(), model(ids).logits.float()
+        errors.append(float((a - b).abs().max() / b.abs().max()))
+    results = compare(records, {"ours": ours, "theirs": theirs}, args)
+    total = lambda side, key: sum(r[side][key] for r in results)
+    pace = {side: total(side, "tokens") / total(side, "seconds") for side in ("ours", "theirs")}
+    same = np.mean([r["ours"]["text"] == r["theirs"]["text"] for r in results])
+    table(f"serial greedy decoding of {args.ckpt}, {len(results)} prompts, {dtype}", ["side", "tokens", "tokens/s"],
+          [[side, total(side, "tokens"), pace[side]] for side in pace], ["d", ".1f"])
+    print(f"ours / theirs {pace['ours'] / pace['theirs']:.2f}; the same text in {same:.0%} of the answers; "
+          f"logits of the prompts differ by {max(errors):.1e} of the largest at most")
+    return {"tokens_s": pace, "ratio": pace["ours"] / pace["theirs"], "same_text": same,
+            "logits_difference": max(errors)}, results
+
+
 # -----------------------------------------------------------------------------
 # replay: given answers through the engine
 
@@ -477,6 +540,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Measures ASPD; by default on the built-in corpus' held-out prompts.")
     add, what = p.add_argument, p.add_mutually_exclusive_group()
     what.add_argument("--prompts", metavar="FILE", help='decode these prompts: JSON Lines of {"prompt", "category"}')
+    what.add_argument("--held-out", metavar="FILE", help="loss on the answers of a file that train.py holds out")
+    what.add_argument("--transformers", metavar="FILE", help="decode these prompts, beside the transformers library")
     what.add_argument("--replay", metavar="FILE", help="feed these answers through the engine (any format of data.py)")
     what.add_argument("--step", action="store_true", help="time a step by width and context")
     what.add_argument("--train", action="store_true", help="time training against a bare loop")
@@ -487,14 +552,14 @@ def parse_args(argv=None):
     add("--tokenizer", default="bpe", help="with --shape: bpe (learnt from the answers), a tiktoken name or a folder")
     add("--data", metavar="FILE", help="with --train: answers to train on; default: the built-in corpus")
     add("--n", type=int, default=240, help="prompts of the built-in corpus (%(default)s)")
-    add("--limit", type=int, help="with --prompts and --replay: only so many, spread evenly over the file")
+    add("--limit", type=int, help="with --prompts, --held-out, --replay: only so many, spread evenly over the file")
     add("--show", type=int, default=0, help="with --prompts: print so many answers, spread evenly (%(default)s)")
     add("--repeats", type=int, help="runs to take the median of (default: 1; --step 30, --train 5)")
     add("--context", type=int, default=512, help="with --step: filled slots of the cache (%(default)s)")
     add("--contexts", type=int, nargs="*", default=[128, 256, 512, 1024, 2048], help="with --step: of the second table")
     add("--batch-size", type=int, default=8, help="with --train: answers a step (%(default)s)")
     add("--batches", type=int, default=4, help="with --train: different batches (%(default)s)")
-    add("--block-size", type=int, default=1024, help="with --train: longer answers are left out (%(default)s)")
+    add("--block-size", type=int, default=1024, help="with --train, --held-out: leave longer answers out (%(default)s)")
     add("--max-new-tokens", type=int, default=1024, help="tokens after a prompt, tags included (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
     add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 = all (%(default)s)")
@@ -525,7 +590,8 @@ def main(argv=None):
     command = "python " + shlex.join(sys.argv if argv is None else ["tests/bench.py", *argv])
     about = {"machine": machine(args.device), "torch": torch.__version__, "command": command}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    benches = dict(prompts=bench_prompts, replay=bench_replay, step=bench_step, train=bench_train, all_gpu=all_gpu)
+    benches = dict(prompts=bench_prompts, held_out=bench_held_out, transformers=bench_transformers,
+                   replay=bench_replay, step=bench_step, train=bench_train, all_gpu=all_gpu)
     summary, results = next((run for name, run in benches.items() if getattr(args, name)), bench_corpus)(args)
     if args.json:
         report = {"summary": about | summary, "results": results}

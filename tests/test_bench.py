@@ -7,6 +7,7 @@ import torch
 
 from aspd import is_block, plain, stats
 from data import corpus
+from helpers import save_tiny, tiny_model, write_answers
 
 
 def encode(*segments):
@@ -105,3 +106,14 @@ def test_steps_and_training(tmp_path, capsys):
     out = run(tmp_path, capsys, "--train", "--shape", "tiny", "--repeats", 1, "--batches", 2, "--batch-size", 2)
     assert set(out["summary"]["tokens_s"]) == {"aspd", "serial", "bare"}
     assert {r["batch"] for r in out["results"]} == {0, 1} and all(r["seconds"][0] > 0 for r in out["results"])
+
+
+def test_held_out_loss_of_both_sides(tmp_path, capsys):
+    """Random weights guess: both sides' loss is near log V, on the same answers; the tagged rows are longer."""
+    path = write_answers(tmp_path / "answers.jsonl")
+    save_tiny(tmp_path / "out", tiny_model(block_size=1024))
+    out = run(tmp_path, capsys, "--held-out", path, "--ckpt", tmp_path / "out", "--baseline", tmp_path / "out")
+    losses = out["summary"]["held_out_loss"]
+    assert out["summary"]["answers"] > 0 and all(4 < losses[side] < 8 for side in ("aspd", "serial"))
+    assert losses["aspd"] != losses["serial"]
+    assert out["summary"]["of_serial"] == pytest.approx(losses["aspd"] / losses["serial"])
