@@ -452,7 +452,7 @@ PROMPTS = {
     "headed": ("Write a guide to {}.", "Write a section about each of {}.", "Write a report on {} with headings."),
     "labelled": ("Compare {}.", "How do {} differ?", "What sets {} apart?"),
     "nested": ("Make a fact sheet for {}.", "Give me the key facts about {}.", "Take notes on {}."),
-    "two-lists": ("Tell me about {}, then about {}.", "Make a list on {}, one on {}.", "Two topics, please: {}; {}."),
+    "two-lists": ("Write two lists: {}; {}.", "Two topics, please: {}; {}.", "First these, then those: {}; {}."),
     "sums": ("I walk {} km a day. How far is that in {} days?", "How many km are {} km a day for {} days?",
              "Add up {} km a day over {} days."),
     "steps": ("How do I make a {1} with {0}?", "Give me a {1} recipe with {0}.", "Explain how to cook a {1} with {0}."),
@@ -491,7 +491,8 @@ def draw(kind, rng):
     picks = [rng.sample(topic[3:], rng.choice(sizes)) for topic in topics]
     names = [[row[0] for row in rows] for rows in picks]
     picks = [sorted(rows, key=topic.index) for topic, rows in zip(topics, picks)]
-    return sum(names, []), [*map(listing, names), topics[0][0][1]], "\n\n".join(map(describe, topics, picks, kinds))
+    texts = ["Here are two lists."] * (len(kinds) - 1) + list(map(describe, topics, picks, kinds))
+    return sum(names, []), [*map(listing, names), topics[0][0][1]], "\n\n".join(texts)
 
 def corpus(n=6000, seed=1337, split="train"):
     """n records {"id", "category", "prompt", "response", "facts"}. In "val" a kind of answer is about other things."""

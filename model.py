@@ -25,7 +25,7 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048         # width of the SwiGLU layer
     head_size: int = 64
-    rope_theta: float = 10000.0
+    rope_theta: float = 500000.0  # large, as in Llama 3: what a token is counts more than how far away it is
     norm_eps: float = 1e-5
     qkv_bias: bool = False      # True in Qwen2
     tied: bool = True           # the head shares the embedding's weights

@@ -44,7 +44,7 @@ def parse_args():
     add("--epochs", type=float, default=2.0, help="passes over a file's answers")
     add("--batch-size", type=int, default=4, help="answers a step")
     add("--micro-tokens", type=int, default=4096, help="tokens in memory at once; a batch is summed up in such parts")
-    add("--lr", type=float, help="highest learning rate; none: 1.5e-3 from scratch, 1e-4 otherwise")
+    add("--lr", type=float, help="highest learning rate; none: 1e-3 from scratch, 1e-4 otherwise")
     add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast; the weights stay float32")
@@ -86,7 +86,7 @@ def prepare(args, state):
         raise ValueError(f"{args.data}: only {len(rows)} of {len(train)} answers to train on and {len(val_rows)} of "
                          f"{len(val)} held out fit {args.block_size} tokens")
     args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2250)
-    args.lr = args.lr or (1e-4 if args.init_from else 1.5e-3)
+    args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
     s = summary(total)
     print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
           f"{s['PPD']:.0%} have parallel parts, ideal speedup {s['speedup']:.2f}x\n"

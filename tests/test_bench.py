@@ -79,16 +79,16 @@ def result(category, aspd, serial, **more):
 
 
 def test_report_of_figures_worked_out_by_hand(capsys):
-    results = [result("lists", (100, 40, 1, [[30, 40]]), (80, 80, 2, []), right=3, facts=4, duplicates=[True]),
-               result("lists", (50, 20, 1, [[9, 9, 9, 9]]), (50, 50, 2, []), right=4, facts=4, duplicates=[False]),
-               result("prose", (10, 10, 1, []), (10, 10, 1, []), right=2, facts=2, duplicates=[])]
+    results = [result("lists", (100, 40, 1, [[30, 40]]), (80, 80, 2, []), right=3, facts=4, exact=False, duplicates=[True]),
+               result("lists", (50, 20, 1, [[9, 9, 9, 9]]), (50, 50, 2, []), right=4, facts=4, exact=True, duplicates=[False]),
+               result("prose", (10, 10, 1, []), (10, 10, 1, []), right=2, facts=2, exact=True, duplicates=[])]
     summary = bench.report(results, lambda kind: kind == "lists", ())
     lists = summary["kinds"]["lists"]
     assert (lists["answers"], lists["parallel"], lists["branches"], lists["ideal"]) == (2, 1.0, 3.0, 2.5)
     assert lists["fewer_steps"] == pytest.approx(130 / 60)
     assert lists["speedup"] == pytest.approx((4 / 130) / (2 / 150))
     assert lists["average"] == pytest.approx((2.5 + 2) / 2) and lists["best"] == pytest.approx(2.5)
-    assert (lists["facts"], lists["perfect"], lists["duplicates"], lists["speedup_without"]) == (7 / 8, 0.5, 0.5, 2.0)
+    assert (lists["facts"], lists["exact"], lists["duplicates"], lists["speedup_without"]) == (7 / 8, 0.5, 0.5, 2.0)
     assert (summary["serial_opened"], summary["serial_speed"], summary["facts"]) == (0.0, 1.0, 0.9)
     assert summary["parallel_speedup"] == lists["speedup"] and summary["parallel_ideal"] == 2.5
     assert "= parallel kinds" in capsys.readouterr().out
