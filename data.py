@@ -3,7 +3,7 @@
     python data.py                                # what the extractor finds in the built-in corpus
     python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes the segments of all
 
-extract() cuts an answer into segments without losing a character and checks that the branches do not need each other."""
+extract() cuts an answer into segments, loses no character, and checks that the branches do not need each other."""
 import argparse
 import itertools
 import json
@@ -484,7 +484,8 @@ def draw(kind, rng):
         return [km, days], [NUMBERS[km - 3], NUMBERS[days - 3]], text
     if kind == "steps":
         foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
-        return foods, [listing(foods), dish], SOUP.format(dish, listing(sorted(f"the **{f}**" for f in foods)), max(foods))
+        bold = listing([f"the **{food}**" for food in sorted(foods)])
+        return foods, [listing(foods), dish], SOUP.format(dish, bold, max(foods))
     sizes = {"two-lists": (3, 4), "short-list": (2, 3, 4), "prose": (2, 3, 4, 5)}.get(kind, (2, 4, 5, 6, 6, 7, 7, 8))
     kinds = ("bulleted", "numbered") if kind == "two-lists" else (kind,)
     topics = sorted(rng.sample(TOPICS, len(kinds)), key=TOPICS.index)
@@ -497,7 +498,7 @@ def draw(kind, rng):
 def corpus(n=6000, seed=1337, split="train"):
     """n records {"id", "category", "prompt", "response", "facts"}. In "val" a kind of answer is about other things."""
     rng, records, kinds = random.Random(f"{split} {seed}"), [], list(PROMPTS)
-    kinds += 2 * ["two-lists"] + 2 * ["sums"] + 2 * ["steps"] + 3 * ["prose"] if split == "train" else []  # what is hard
+    kinds += 2 * ["two-lists"] + 2 * ["sums"] + 2 * ["steps"] + 3 * ["prose"] if split == "train" else []
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]
         about, words, response = draw(kind, rng)
