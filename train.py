@@ -40,7 +40,7 @@ def parse_args():
     add("--n-layer", type=int, default=3, help="from scratch: layers")
     add("--n-head", type=int, default=4, help="from scratch: attention heads, of 64 channels each")
     add("--block-size", type=int, default=1024, help="context in tokens; longer answers are left out")
-    add("--steps", type=int, help="updates; none: 2250 for the built-in corpus, else --epochs")
+    add("--steps", type=int, help="updates; none: 2500 for the built-in corpus, else --epochs")
     add("--epochs", type=float, default=2.0, help="passes over a file's answers")
     add("--batch-size", type=int, default=4, help="answers a step")
     add("--micro-tokens", type=int, default=4096, help="tokens in memory at once; a batch is summed up in such parts")
@@ -85,7 +85,7 @@ def prepare(args, state):
     if not rows or not val_rows:
         raise ValueError(f"{args.data}: only {len(rows)} of {len(train)} answers to train on and {len(val_rows)} of "
                          f"{len(val)} held out fit {args.block_size} tokens")
-    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2250)
+    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2500)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
     s = summary(total)
     print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
