@@ -1,9 +1,7 @@
 """Text in: loading, the extraction of parallel structure, the tokenizer, the built-in corpus and batches.
 
     python data.py                                # what the extractor finds in the built-in corpus
-    python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes the segments of all
-
-extract() cuts an answer into segments, loses no character, and checks that the branches do not need each other."""
+    python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes the segments of all"""
 import argparse
 import itertools
 import json
@@ -61,7 +59,7 @@ def questions_answers(r, where):
     if "conversations" not in r:
         if "instruction" in r:
             question = "\n\n".join(filter(None, (r["instruction"], r.get("input"))))
-            r = {**r, "prompt": question, "response": r.get("output")}
+            r = {"prompt": question, "response": text_of(r, "output", where)}
         yield text_of(r, "prompt", where), text_of(r, "response", where)
     prompt = ""
     for turn in r.get("conversations", ()):
@@ -95,26 +93,30 @@ def read_prompts(path):
     return prompts
 
 def write_whole(path, lines):
-    """Writes the lines to a file whole or not at all."""
-    temporary = Path(f"{path}.tmp")
+    """Writes the lines to a file whole or not at all; a link or a device stays what it is."""
+    path = Path(path).resolve()
+    temporary = Path(f"{path}.tmp") if path.is_file() or not path.exists() else path
     try:
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:  # a lone surrogate becomes \ud83d
             f.writelines(line + "\n" for line in lines)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 def cli(main):
     """Runs a command line's main(): bad input becomes one clear line on stderr and exit code 2."""
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a lone surrogate is shown as \ud83d
         main()
-    except (ValueError, OSError) as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "compiler" not in str(e):  # --compile found none
+            raise
+        print("error:", " ".join(str(e).split("\n\n")[0].split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
-# ---- extraction -------------------------------------------------------------
+# ---- extraction: cuts an answer into segments, loses no character, checks that branches do not need each other 
 MAX_BRANCHES = 16  # the engine's width
 GROUP_OVER = 10    # a longer list may put neighbours into one branch
 MIN_SAVED = 6      # words; a smaller gain is not worth its tags
@@ -377,11 +379,12 @@ def published_tokenizer(path):
     model, added = t["model"], {a["content"]: a["id"] for a in t["added_tokens"]}
     kind, normalizer, eos = model.get("type"), (t.get("normalizer") or {}).get("type"), config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
-    template = template.decode() or config.get("chat_template") or ""
-    refuse(f"the model {kind}, byte fallback", unless=kind == "BPE" and not model.get("byte_fallback"))
-    refuse(f"the normalizer {normalizer}", unless=normalizer in (None, "NFC"))
+    template = str(template.decode() or config.get("chat_template") or "").replace(r"\\", "\\")
+    known = kind == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC")
+    refuse(f"the model {kind}, byte fallback or the normalizer {normalizer}", unless=known)
     refuse(f"the eos_token {eos}", unless=eos in added)
     refuse("a chat template other than ChatML", unless=not template or "<|im_start|>" in template)
+    refuse("a token before or after all text", unless="'SpecialToken'" not in str(t.get("post_processor")))
     merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     refuse("a vocabulary in another order than the merges", unless=merged == sorted(merged))
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes every byte as a visible character:
@@ -392,7 +395,7 @@ def published_tokenizer(path):
     if template:
         start, end = added["<|im_start|>"], added["<|im_end|>"]
         chat = [[start, "system\n{}", end, "\n"], [start, "user\n{}", end, "\n", start, "assistant\n"]]
-        system = (re.findall(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", template) or [""])[0]
+        system = (re.findall(r"<\|im_start\|>system(?:\\n|\n)((?:[^'\"<{]|{})+)<\|im_end\|>", template) or [""])[0]
     pre = t.get("pre_tokenizer") or {}  # how it cuts text into words -> a pattern that does the same
     parts = pre.get("pretokenizers", [pre])
     kinds, first, last = [p.get("type") for p in parts], parts[0], parts[-1]
@@ -431,10 +434,9 @@ Brazil|South America|Brasilia|8.5 million|a starry blue globe|carnival, waterfal
 China|East Asia|Beijing|9.6 million|five yellow stars on red|a very long wall and giant pandas
 Canada|North America|Ottawa|10.0 million|a red maple leaf|mountain lakes, forests and ice hockey
 """.split("\n\n")]
-SOUP = ("To make the {0}:\n\n1. Wash {1} and cut them into small pieces.\n"
-        "2. Fry these pieces in a large pot with a little oil for 5 minutes.\n"
-        "3. Pour 1 litre of water over the mixture and bring it to the boil.\n"
-        "4. Now let that {0} simmer until the {2} are soft, then season it with salt.\n\nEnjoy your {0}!")
+SOUP = ("To make the {0}:\n\n1. Wash {1} and cut them into small pieces.\n2. Fry these pieces in a large pot with a "
+        "little oil for 5 minutes.\n3. Pour 1 litre of water over the mixture and bring it to the boil.\n4. Now let "
+        "that {0} simmer until the {2} are soft, then season it with salt.\n\nEnjoy your {0}!")
 NUMBERS = "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 VEGETABLES = "beans carrots leeks mushrooms onions peas potatoes tomatoes".split()
 FORMS = {  # opening; what stands before, between and after the sentences of a thing
@@ -476,7 +478,7 @@ def describe(topic, rows, kind):
     return text.strip() + (closing if kind not in ("prose", "short-list") else "")
 
 def draw(kind, rng):
-    """(what the answer is about, the words for the prompt, the answer, which sorts them by the table or the alphabet)."""
+    """(what the answer is about, the words for the prompt, the answer: things in the order of the table)."""
     if kind == "sums":
         km, days = rng.randrange(5, 16), rng.randrange(3, 8)
         lines = [f"Day {day} of {days}: {km * day - km} + {km} = {km * day} km." for day in range(1, days + 1)]
@@ -538,15 +540,11 @@ def batches(lengths, batch_size, seed):
             epoch_batches += np.split(part, range(batch_size, len(part), batch_size))
         yield from (epoch_batches[i] for i in rng.permutation(len(epoch_batches)))
 
-def rounded(n, multiple):
-    """n, up to the next multiple: fewer shapes, for each of which a CPU prepares its kernels anew, and keeps them."""
-    return -(-n // multiple) * multiple
-
 def micro_batches(rows, tokens):
     """Rows -> lists of rows of like length: little is padding, and each has at most so many tokens (or is one row)."""
     groups = [[]]
     for row in sorted(rows, key=lambda r: len(r.token)):
-        n, group = rounded(len(row.token), 16), groups[-1]
+        n, group = -(-len(row.token) // 16) * 16, groups[-1]
         if group and ((len(group) + 1) * n > tokens or n > 1.2 * len(group[0].token)):
             groups.append([])
         groups[-1].append(row)
@@ -555,14 +553,15 @@ def micro_batches(rows, tokens):
 def collate(rows, device="cpu"):
     """Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,
     or None (plain causal) where no row has a block. pick: (N,) flat indices of all tokens with a target, and of a few
-    without; target: (N,), those without being IGNORE. Rounded up: T to 16, N to 128 where there are as many tokens."""
-    T = rounded(max(len(r.token) for r in rows), 16)
+    without; target: (N,), those without being IGNORE. T is rounded up to 16, N to 128 where there are as many tokens:
+    fewer shapes, for each of which a CPU prepares its kernels anew, and keeps them."""
+    T = -(-max(len(r.token) for r in rows) // 16) * 16
     token, block, branch, position, target = (
         torch.from_numpy(np.stack([np.pad(a, (0, T - len(a)), constant_values=fill) for a in arrays])).to(device)
         for arrays, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)))
     mask = branch_mask(block, branch)[:, None] if block.any() else None
     ignored = (target.flatten() == IGNORE).byte()
-    pick = ignored.argsort(stable=True)[:rounded(int((1 - ignored).sum()), 128)]
+    pick = ignored.argsort(stable=True)[:-(-int((1 - ignored).sum()) // 128) * 128]
     return token, position, mask, pick, target.flatten()[pick]
 
 # ---- command line -----------------------------------------------------------
@@ -593,7 +592,7 @@ def main():
             assert join(segments) == r["response"], f"answer {r['id']} does not join back"
             if n < args.show:
                 show(r, segments, refusals)
-            for category in {r.get("category", "all"), "all"}:
+            for category in {str(r.get("category") or "all"), "all"}:
                 tally(totals[category], stats(tokenize(segments, tokenizer.encode)))
             reasons.update(reason for reason, _, _ in refusals)
             blocks = [s if isinstance(s, str) else {"branches": [b._asdict() for b in s]} for s in segments]

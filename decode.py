@@ -95,7 +95,7 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     """An LM from a train.py folder or a published Llama or Qwen2 folder. dtype: "float32", "bfloat16", "float64"; by
     default bfloat16 on CUDA, else float32. ValueError when there is no usable checkpoint."""
     check_device(device)
-    if os.path.exists(os.path.join(path, "config.json")):
+    if os.path.exists(os.path.join(path, "config.json")) and not os.path.exists(os.path.join(path, "ckpt.pt")):
         model, tokenizer = from_published(path), published_tokenizer(path)
     else:
         state = read_checkpoint(path)
@@ -242,7 +242,7 @@ def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature
         (mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}"),
         (mode == "serial" or lm.tokenizer.special, f"a checkpoint without tags cannot decode in mode {mode!r}"),
         (prompt.strip(), "the prompt is empty"),
-        (len(ids) < context, f"the prompt has {len(ids)} tokens, too many for a context of {context}"),
+        (len(ids) < context, f"the prompt {prompt:.40}... has {len(ids)} tokens, too many for a context of {context}"),
         (max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}"),
         (0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}"),
         (top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}"),

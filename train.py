@@ -3,9 +3,7 @@
     python train.py                                        # the built-in corpus, from scratch, minutes on a CPU
     python train.py --mode serial --out-dir out-serial     # its serial twin: the same answers, untagged
     python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model on your own answers
-    torchrun --nproc_per_node=8 train.py ...               # data parallel: the same batches, split among processes
-
-Ctrl-C saves and stops; --resume goes on from the last checkpoint, bit for bit on a CPU."""
+    torchrun --nproc_per_node=8 train.py ...               # data parallel: the same batches, split among processes"""
 import argparse
 import itertools
 import math
@@ -50,18 +48,19 @@ def parse_args():
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast; the weights stay float32")
     add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from out-dir's checkpoint, with its settings")
+    add("--resume", action="store_true", help="go on from out-dir's checkpoint, as Ctrl-C leaves one")
     args = p.parse_args()
     check_device(args.device)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "seed" and not value > 0:
+        if type(value) in (int, float) and not value > 0 and not (name == "seed" and value == 0):
             raise ValueError(f"--{name.replace('_', '-')} must be over 0, not {value}")
-    state = read_checkpoint(args.out_dir) if args.resume else None
-    for name, saved in state["args"].items() if state else ():
-        if name not in ("out_dir", "device", "compile", "resume", "save_every"):
-            if getattr(args, name) not in (saved, p.get_default(name)):
-                raise ValueError(f"--resume: {name} is {saved!r} in {args.out_dir}, not {getattr(args, name)!r}")
-            setattr(args, name, saved)
+    if not args.resume:
+        return args, None
+    state, may_change = read_checkpoint(args.out_dir), ("out_dir", "device", "compile", "resume", "save_every")
+    p.set_defaults(**state["args"] | {name: getattr(args, name) for name in may_change})
+    for name, value in vars(args := p.parse_args()).items():
+        if value != p.get_default(name):
+            raise ValueError(f"--resume: {name} is {p.get_default(name)!r} in {args.out_dir}, not {value!r}")
     return args, state
 
 def prepare(args, state):
@@ -83,8 +82,8 @@ def prepare(args, state):
     (rows, total), (val_rows, _) = (make_rows(records, tokenizer, model.config, args.mode, args.block_size)
                                     for records in (train, val))
     if not rows or not val_rows:
-        raise ValueError(f"{args.data}: only {len(rows)} of {len(train)} answers to train on and {len(val_rows)} of "
-                         f"{len(val)} held out fit {args.block_size} tokens")
+        raise ValueError(f"{args.data or 'the built-in corpus'}: {len(rows)} of {len(train)} answers to train on and "
+                         f"{len(val_rows)} of {len(val)} held out (2% of the prompts) fit {args.block_size} tokens")
     args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2500)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
     s = summary(total)
@@ -136,12 +135,13 @@ def report(args, model, tokenizer, optimizer, records, val_rows):
     args.no_branch_mask = False  # decoding always has the mask
     value = held_out_loss(model, val_rows, [tokenizer.eos, *(tokenizer.special or ())], args)
     print(f"held-out loss {value:.4f} a plain token, over {len(val_rows)} answers", flush=True)
-    if args.mode == "aspd":
-        tokens, seconds = {}, {"aspd": [], "serial": []}
-        for mode in ["aspd", "serial"] * 4:  # real steps: the checkpoint is written, these weights have no other use
-            rows, _ = make_rows(records[:99 + args.batch_size], tokenizer, model.config, mode, args.block_size)
-            tokens[mode], began = sum(len(r.token) for r in rows[:args.batch_size]), time.perf_counter()
-            train_step(model, rows[:args.batch_size], optimizer, args)
+    seconds = {"aspd": [], "serial": []}
+    rows = {mode: make_rows(records[:999], tokenizer, model.config, mode, args.block_size)[0] for mode in seconds}
+    if args.mode == "aspd" and len(rows["serial"]) >= args.batch_size:
+        tokens = {mode: sum(len(r.token) for r in rows[mode]) for mode in seconds}
+        for mode in [*seconds] * 4:  # real steps: the checkpoint is written, these weights have no other use
+            began = time.perf_counter()
+            train_step(model, rows[mode][:args.batch_size], optimizer, args)
             seconds[mode].append(time.perf_counter() - began)
         print(f"against serial training on the same answers: {tokens['aspd'] / tokens['serial'] - 1:+.1%} tokens, "
               f"{min(seconds['aspd']) / min(seconds['serial']) - 1:+.1%} time a step")

@@ -77,14 +77,14 @@ FIGURES = {  # key in the JSON: heading and format in the tables, meaning
 def clock(device):
     """Seconds, once the device has done all it was asked to."""
     if str(device).startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def memory(device):
     """Peak memory in GB: of the GPU's tensors, or of this process."""
     if str(device).startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -274,6 +274,8 @@ def bench_held_out(args):
     losses, counts = {}, {}
     for mode, path in (("aspd", args.ckpt), ("serial", args.baseline)):
         lm = load(path, args.device, "float32")
+        if mode == "aspd" and not lm.tokenizer.special:
+            raise ValueError(f"--held-out: --ckpt {path} has no tags, so it is not an ASPD model")
         rows, _ = make_rows(evenly(records, args.limit), lm.tokenizer, lm.model.config, mode, args.block_size)
         if not rows:
             raise ValueError(f"{args.held_out}: no held-out answer fits {args.block_size} tokens")
@@ -448,6 +450,8 @@ def bench_step(args, lm=None):
     """Step time by width and by context, and the memory bandwidth reached: weights once and the cache, over time."""
     lm = lm or get_lm(args, (r["response"] for r in corpus(500)))
     model, c = lm.model, lm.model.config
+    if not max(WIDTHS) <= args.context <= c.block_size:
+        raise ValueError(f"--context must be {max(WIDTHS)} to the model's {c.block_size}, not {args.context}")
     contexts = sorted({n for n in (*args.contexts, args.context) if max(WIDTHS) <= n <= c.block_size})
     times, copy = time_steps(lm, contexts, args.repeats, args)
     size = model.wte.weight.element_size()
@@ -525,7 +529,7 @@ def all_gpu(args):
         for bench, a in ((bench_step, many), (bench_replay, args), (bench_train, many)):
             if bench is not bench_train or lm.model.num_params() < 1e9:
                 if cuda:
-                    torch.cuda.reset_peak_memory_stats()
+                    torch.cuda.reset_peak_memory_stats(args.device)
                 name = f"{shape} {bench.__name__.removeprefix('bench_')}"
                 summary[name], found = bench(a, lm)
                 results += [{"bench": name, **r} for r in found]
@@ -586,6 +590,8 @@ def machine(device):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.dtype == "float64" and (args.held_out or args.train):
+        raise ValueError("--held-out and --train compute in float32 or bfloat16, not in float64")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: CUDA is not available")
     command = "python " + shlex.join(sys.argv if argv is None else ["tests/bench.py", *argv])

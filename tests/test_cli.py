@@ -144,6 +144,22 @@ def test_output_that_fails_midway_leaves_what_was_there(tmp_path, monkeypatch, c
     assert sorted(tmp_path.iterdir()) == before and (old is None or out.read_text() == old)
 
 
+def test_output_to_a_link_or_a_device_leaves_them_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    data.write_whole(tmp_path / "link", ["a line"])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "a line\n"
+    master, slave = os.openpty()
+    data.write_whole(os.ttyname(slave), ["a line"])
+    assert os.read(master, 99).split() == [b"a", b"line"] and os.isatty(slave)
+
+
+def test_tuned_checkpoint_in_a_published_folder_is_the_one_that_is_loaded(tmp_path):
+    """train.py --init-from DIR --out-dir DIR, then decode.py --ckpt DIR."""
+    (tmp_path / "config.json").write_text("{}")
+    save_tiny(tmp_path)
+    assert decode.load(tmp_path).tokenizer.special
+
+
 def run(*argv):
     return subprocess.run([sys.executable, ROOT / argv[0], *map(str, argv[1:])], capture_output=True, timeout=60,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"})
@@ -192,11 +208,12 @@ def test_extraction_writes_every_answer(tmp_path, monkeypatch, capsys):
     """A line an answer; the segments' texts join to the response, a text starts with its title, small fields are kept."""
     file, out = write_answers(tmp_path / "answers.jsonl", 40), tmp_path / "out.jsonl"
     with open(file, "a") as f:
+        f.write('{"id": "n", "category": null, "prompt": "p", "response": "r"}\n')
         f.write('{"id": "s", "category": "c", "model": "m", "prompt": "p", "response": "half \\ud83d a character"}\n')
-    monkeypatch.setattr(sys, "argv", ["data.py", str(file), "--out", str(out)])
-    data.main()
+    monkeypatch.setattr(sys, "argv", ["data.py", str(file), "--out", str(out), "--show", "99"])
+    data.cli(data.main)
     records, lines = list(data.read_records(file)), [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == len(records) == 41 and not list(tmp_path.glob("*.tmp"))
+    assert len(lines) == len(records) == 42 and not list(tmp_path.glob("*.tmp"))
     blocks = 0
     for r, line in zip(records, lines):
         text = ""

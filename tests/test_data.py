@@ -267,6 +267,8 @@ REFUSED = {  # a change, and what the message must name
     "byte_fallback": (set_in(["model", "byte_fallback"], True), "byte.fallback"),
     "Unigram": (set_in(["model", "type"], "Unigram"), "Unigram"),
     "merges out of order": (set_in(["model", "merges"], MERGES[::-1]), "merges"),
+    "BOS": (set_in(["post_processor"], {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>"}}]}),
+            "token before"),
     "Llama 2's chat": (lambda t, config: config.update(chat_template="[INST] {{ messages[0]['content'] }} [/INST]"),
                        "ChatML"),
     "no end-of-text": (lambda t, config: config.pop("eos_token"), "eos_token"),
@@ -306,6 +308,9 @@ TEMPLATES = {  # as the models ship it (Qwen2.5's without the parts for tools), 
               "\\n' }}\n"
               "    {%- endif %}\n{%- endif %}\n{%- for message in messages %}" + TURN + "{%- endfor %}\n" + TAIL,
               "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "braces": ("{{- '<|im_start|>system\\nThink, and put the answer within \\\\boxed{}.<|im_end|>\\n' }}\n"
+               "{% for message in messages %}" + TURN + "{% endfor %}" + TAIL,
+               "Think, and put the answer within \\boxed{}."),  # as Qwen2.5-Math has it
     "no default": ("{% for message in messages %}" + TURN + "{% endfor %}" + TAIL, None),
 }
 

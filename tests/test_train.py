@@ -186,9 +186,10 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, mo
 
 
 def test_resume_refuses_other_settings_by_name(tmp_path, monkeypatch, answers):
-    run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 1, "--out-dir", tmp_path)
-    for option, value, named in [("--seed", 7, "seed is 1337.*7"), ("--mode", "serial", "mode is 'aspd'.*'serial'"),
-                                 ("--batch-size", 9, "batch_size is 3.*9")]:
+    """Also where the other setting is the default, which the first run did not have."""
+    run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 1, "--mode", "serial", "--out-dir", tmp_path)
+    for option, value, named in [("--seed", 7, "seed is 1337.*7"), ("--mode", "aspd", "mode is 'serial'.*'aspd'"),
+                                 ("--batch-size", 9, "batch_size is 3.*9"), ("--batch-size", 4, "batch_size is 3.*4")]:
         with pytest.raises(ValueError, match=f"--resume.*{named}"):
             run_main(monkeypatch, "--resume", "--out-dir", tmp_path, option, value)
 
