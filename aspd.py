@@ -8,7 +8,7 @@ texts joined are the answer. The tagged answer writes a block's titles first, an
                    <|branch|>2. Move: walk daily.<|/branch|>
                <|/para|>  Start today.
 
-    python aspd.py        # prints a tagged answer, its row table and its branch mask"""
+`python aspd.py` prints such an answer, its row table and its branch mask."""
 from collections import namedtuple
 
 import numpy as np
@@ -23,8 +23,7 @@ Special = namedtuple("Special", "title title_end para para_end branch branch_end
 # A laid-out answer, five int64 arrays of length T. block, branch: both 0 where serial, else counted from 1 (branch
 # within its block); position: rotary; target: the token that the decoder chooses next, or IGNORE.
 Row = namedtuple("Row", "token block branch position target")
-# Counts of an answer. tokens: of the plain answer; steps: forward passes after the prompt; branches: of each block (a
-# list); branch_tokens, titles included; title_tokens; speedup: the ideal one, tokens / steps. Tags are no tokens.
+# tokens: of the plain answer; steps: passes after the prompt; branches: of each block; speedup: ideal, tokens / steps.
 Stats = namedtuple("Stats", "tokens steps branches branch_tokens title_tokens speedup")
 
 def join(segments):

@@ -212,7 +212,7 @@ NAME = re.compile(r"[^\W_](?:[\w.,'-]*\w)?")
 NOUN = r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?=[^\w '-]| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that)\b)"
 SAYS = [  # reason, what a part of the block says after its marker: it goes on from, or works on, what a sibling says
     ("works on what its siblings say", rf"(?i)\A(?:{WORKS_ON})"),  # a list item; a heading has ended its run
-    ("is a song or a play", r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Stanza|Scene|Act)\b[^a-z\n]{0,40}$"
+    ("is a song or a play", r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
      r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))"),
     ("solves an equation", r"(?m)^[ \t]*[\dxyz()][\dxyz ()+*/^.-]*=[\dxyz ()+*/^.-]*$|\A(?:Solve for|Substit)"),
     ("steps of one recipe", r"\A[^\n]{0,400}(?:\b[Tt]he (?:\w+ )?mixture\b|\b[Pp]reheat|\bset (?:\w+ )?aside\b)"),
@@ -221,14 +221,12 @@ SAYS = [  # reason, what a part of the block says after its marker: it goes on f
      r"|\b[Rr]epeat (?:the|steps?)\b|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b|上述|如上"),
 ]
 PRONOUN = re.compile(r'[^\w"“]{0,9}(?:\w{1,3}[.)])?[^\w"“]{0,9}(?:They|These|Those|This|She|He|It) [a-z]')
-STEPS = re.compile(r"(?i)(?:\b(?:steps?|instructions|directions|procedure|process|it works|pasos)\b|步骤)[^\n]*\s*\Z")
-COOKS = re.compile(r"(?i)\b(?:oven|bowl|skillet|saucepan|simmer|dough|blender|stir|heat|boil|shaker)\b")
+STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|it works|how (?:you|to))\b|步骤).*\s*\Z")
 BRINGS = [  # reason, what a part brings in, how a later one takes it up, how often, title of the parts
-    ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)", r"\d[\d,.]*\d", 1, ""),
+    ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)(?!\S* *[-+*/])", r"\d[\d,.]*\d", 1, ""),
     ("uses a name of a sibling", r"(?m)^[ \t]*(?:(?:[a-z.-]+ ){0,3}(?:class|function|const|def|struct|startproject"
      r"|startapp|mkdir) |(?=\w+ *(?:=[^=]|\()))(\w{2,})", r"\w{2,}", 1, ""),
-    ("uses a name of a sibling", r"\b(?:[Cc]reat|[Aa]dd|called)[a-z]* (?:[\w']+ ){0,4}`([^`\s]+)`", r"`(\S+?)`", 1, ""),
-    ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 3, ""),
+    ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 2, ""),
     ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4, r"\W*(?:Day|Chapter|Act|Page) [\dIV]"),
 ]
 
@@ -241,8 +239,6 @@ def dependence(parts, titles, text, start, said):
     if any(map(PRONOUN.match, parts)) and not PRONOUN.match(parts[0]):  # else it stands for what the lead is about
         yield "opens with a pronoun for a sibling"
     if STEPS.search(text, max(0, start - 150), start) and re.match(r"[\s*(]*\w{1,3}[.)]", parts[0]):
-        if sum(bool(COOKS.search(part)) for part in parts) > 1:
-            yield "steps of one recipe"
         if 2 * sum(bool(LABEL_END.search(body[:60].split("\n")[0])) for body in bodies) < len(parts):
             yield "steps without names"  # their titles do not tell the others what they do
     known = {name.lower().rstrip("s") for title in titles for name in NAME.findall(title)}
@@ -297,9 +293,8 @@ GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\
 PLAIN_FORM = [["{}\n"], ["User: {}\nAssistant:\n"]]
 
 class Tokenizer:
-    """Text <-> ids; no text becomes a special token. pattern: how text is cut into words; ranks: {a token's bytes: its
-    id and merge priority}; special: the tags' ids or None; chat: the forms of system text and prompt, lists of text
-    and ids; system: the default system text; nfc: normalise first; added: other ids in use."""
+    """Text <-> ids; no text becomes a special token. pattern: cuts text into words; ranks: {a token's bytes: its id and
+    merge priority}; special: the tags' ids or None; chat: forms of system text and prompt; nfc: normalise first."""
     def __init__(self, pattern, ranks, eos, special=None, chat=PLAIN_FORM, system="", nfc=False, added=()):
         self.settings = dict(pattern=pattern, ranks=ranks, eos=eos, special=special and tuple(special), chat=chat,
                              system=system, nfc=nfc, added=added)  # plain values, for a checkpoint
@@ -459,8 +454,7 @@ PROMPTS = {
              "Add up {} km a day over {} days."),
     "steps": ("How do I make a {1} with {0}?", "Give me a {1} recipe with {0}.", "Explain how to cook a {1} with {0}."),
     "short-list": ("What are the {1} of {0}?", "List only the {1} of {0}.", "Just the {1} of {0}, please."),
-    "prose": ("Write one paragraph about {}.", "Describe {} in a few sentences.", "Can you say a few words on {}?"),
-}
+    "prose": ("Write one paragraph about {}.", "Describe {} in a few sentences.", "Can you say a few words on {}?")}
 
 def listing(words):
     """["a", "b", "c"] -> "a, b and c"."""
@@ -552,9 +546,8 @@ def micro_batches(rows, tokens):
 
 def collate(rows, device="cpu"):
     """Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,
-    or None (plain causal) where no row has a block. pick: (N,) flat indices of all tokens with a target, and of a few
-    without; target: (N,), those without being IGNORE. T is rounded up to 16, N to 128 where there are as many tokens:
-    fewer shapes, for each of which a CPU prepares its kernels anew, and keeps them."""
+    or None (causal) where no row has a block. pick: (N,) flat indices of all tokens with a target and a few without;
+    target: (N,). T and N are rounded up: fewer shapes, for each of which a CPU prepares its kernels, and keeps them."""
     T = -(-max(len(r.token) for r in rows) // 16) * 16
     token, block, branch, position, target = (
         torch.from_numpy(np.stack([np.pad(a, (0, T - len(a)), constant_values=fill) for a in arrays])).to(device)

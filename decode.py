@@ -6,8 +6,7 @@
 The n-th token fed takes slot n of the cache, and is fed exactly once. owner[slot] says which live branch a slot belongs
 to; when the block ends its slots become everybody's. Nothing is moved, copied or computed again.
 
-    python decode.py --prompt "Tell me about Mars and Venus."  # or: --prompts FILE.jsonl --json answers.json
-    answer = generate(load("out"), "Tell me about Mars and Venus.")  # in Python: from decode import load, generate"""
+    python decode.py --prompt "Tell me about Mars and Venus."  # in Python: generate(load("out"), "...")"""
 import argparse
 import json
 import os
@@ -106,9 +105,8 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 
 # ---- the engine -------------------------------------------------------------
-# What generate() returns. text: the plain answer; tokens: of the plain answer; steps: forward passes after prefill;
-# seconds: wall-clock, with prefill; ttft: seconds to the first token; blocks: for each block the tokens of each branch,
-# tags aside; finish: "stop", or "length" when the budget or the context cut anything; segments: tokenised.
+# What generate() returns. text, tokens: the plain answer; steps: passes after prefill; seconds: wall-clock, with it;
+# ttft: seconds to the first token; blocks: tokens of each branch, tags aside; finish: "stop" or, cut, "length".
 Answer = namedtuple("Answer", "prompt text mode tokens steps seconds ttft blocks finish segments")
 
 class Engine:
@@ -233,9 +231,8 @@ class Engine:
 def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature=0.0, top_k=0, top_p=1.0, seed=0,
              max_branches=MAX_BRANCHES, watch=None):
     """Decodes one answer to a prompt (str, put into the model's chat form) -> Answer. mode: "adaptive" (the engine),
-    "branchwise" (the same, branches one after the other) or "serial" (no blocks); None: adaptive where the checkpoint
-    has tags. max_new_tokens counts row tokens. temperature 0 is greedy, top_k 0 and top_p 1 are off. watch: called with
-    the Engine after every pass. ValueError for arguments out of range."""
+    "branchwise" (the same, branches one after the other) or "serial" (no blocks); None: adaptive where there are tags.
+    max_new_tokens counts row tokens. watch: called with the Engine after every pass. ValueError: out of range."""
     mode = mode or ("adaptive" if lm.tokenizer.special else "serial")
     ids, context = lm.tokenizer.prompt(prompt, system), lm.model.config.block_size
     for ok, message in (

@@ -51,6 +51,20 @@ class KVCache:
         owner = self.owner[:seen]
         return (torch.arange(seen, device=owner.device) <= slot[:, None]) & ((owner == 0) | (owner == branch[:, None]))
 
+def linear(x, layer):
+    """x (..., C) through a Linear or a tied Embedding; for few tokens on a CPU so that weights are read only once."""
+    weight, bias, n = layer.weight, getattr(layer, "bias", None), x.numel() // x.size(-1)
+    few = n <= 16 and x.device.type == "cpu" and not (weight.requires_grad or torch.compiler.is_compiling())
+    half = weight.dtype == torch.bfloat16
+    if few and (half or n == 1):  # packs the right operand anew: let it be the tokens, of which bfloat16 wants two
+        y = (weight @ x.reshape(n, -1).expand(max(n, 1 + half), -1).t())[:, :n].t()
+    elif few and n > 3 and len(weight) % 64 == 0 and weight.numel() > 2**19:
+        parts = weight.view(-1, 64, weight.size(1)).transpose(1, 2)  # 64 rows stay in a core's cache
+        y = (x.reshape(n, -1).expand(len(parts), -1, -1) @ parts).transpose(0, 1)
+    else:
+        return F.linear(x, weight, bias)
+    return y.reshape(*x.shape[:-1], -1) + (0 if bias is None else bias)
+
 class Block(nn.Module):
     """A layer: attention, then a SwiGLU layer, each behind its norm."""
     def __init__(self, config):
@@ -61,12 +75,11 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, sum(self.sizes) * hs, bias=config.qkv_bias),
                                    "c_proj": nn.Linear(config.n_head * hs, C, bias=False)})
         self.ln_2 = nn.RMSNorm(C, eps=config.norm_eps)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 2 * I, bias=False),  # gate and up in one product
-                                  "c_proj": nn.Linear(I, C, bias=False)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 2 * I, bias=False), "c_proj": nn.Linear(I, C, bias=False)})
 
     def forward(self, x, cos, sin, mask, kv=None, slot=None):
-        B, T, C = x.size()
-        qkv = self.attn.c_attn(self.ln_1(x)).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        B, T, hs = *x.shape[:2], self.head_size
+        qkv = linear(self.ln_1(x), self.attn.c_attn).view(B, T, -1, hs).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
         qk, v = qkv.split([self.sizes[0] + self.sizes[1], self.sizes[2]], dim=1)
         x1, x2 = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((-x2, x1), dim=-1) * sin  # rotary positions
@@ -74,11 +87,11 @@ class Block(nn.Module):
         if kv is not None:
             kv[0][:, :, slot], kv[1][:, :, slot] = k, v
             k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
-            q = q.reshape(B, k.size(1), -1, self.head_size)  # (1, nkv, nh/nkv T, hs): a group reads each key once
+            q = q.reshape(B, k.size(1), -1, hs)  # (1, nkv, nh/nkv T, hs): a group reads each key once
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
-        x = x + self.attn.c_proj(y.reshape(B, -1, T, self.head_size).transpose(1, 2).reshape(B, T, -1))
-        gate, up = self.mlp.c_fc(self.ln_2(x)).chunk(2, dim=-1)
-        return x + self.mlp.c_proj(F.silu(gate) * up)
+        x = x + linear(y.reshape(B, -1, T, hs).transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
+        gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
+        return x + linear(F.silu(gate) * up, self.mlp.c_proj)
 
 class GPT(nn.Module):
     """Embedding, layers, norm and head; see forward for the shapes."""
@@ -115,12 +128,13 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
         x = x if pick is None else x.flatten(0, 1)[pick]
-        return F.linear(self.ln_f(x), (self.lm_head or self.wte).weight)
+        return linear(self.ln_f(x), self.lm_head or self.wte)
 
     @torch.no_grad()
     def grow(self, vocab_size, new):
         """Gives the model at least vocab_size embedding rows and starts the rows `new` at the mean of the others."""
-        rows, self.config.vocab_size = self.config.vocab_size, max(vocab_size, self.config.vocab_size)
+        rows = self.config.vocab_size
+        self.config.vocab_size = rows if rows >= vocab_size else -(-vocab_size // 64) * 64  # round: fast
         for module in filter(None, (self.wte, self.lm_head)):
             old = module.weight[[i for i in range(rows) if i not in new]]
             module.weight = nn.Parameter(F.pad(module.weight, (0, 0, 0, self.config.vocab_size - rows)))
@@ -156,13 +170,11 @@ def from_checkpoint(state, where="checkpoint"):
 PUBLISHED_NAMES = {  # our modules, and those of published Llama and Qwen2 checkpoints that, joined, make them
     "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm", "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
-}
+    "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 SUPPORTED = {  # config.json settings that change the result, and the values that are implemented (None: not set)
     "model_type": ("llama", "qwen2"), "hidden_act": ("silu",), "num_local_experts": (None,), "mlp_bias": (None, False),
     "rope_type": (None, "default"), "partial_rotary_factor": (None, 1.0), "layer_types": (None, ["full_attention"]),
-    "attention_bias": (None, False), "use_sliding_window": (None, False), "quantization_config": (None,),
-}
+    "attention_bias": (None, False), "use_sliding_window": (None, False), "quantization_config": (None,)}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def build(config, weights, where, published=False):

@@ -152,9 +152,7 @@ REFUSED = {  # reason: answers
         "2. Divide, since a single unknown is what the question asks us to find here:\nx = 3\n"],
     "steps of one recipe": [
         f"1. **Mix:** Whisk the eggs with sugar, then {REST}.\n"
-        f"2. **Bake:** Pour the mixture into a tin, then {WALK}.\n",
-        f"**Instructions:**\n\n1. **Knead:** Work the flour into a dough, then {REST}.\n"
-        f"2. **Bake:** Open the oven, then {WALK}.\n"],
+        f"2. **Bake:** Pour the mixture into a tin, then {WALK}.\n"],
     "opens by going on": [
         f"1. Rome grew because people {WALK}.\n2. As a result, its neighbours had to {REST} and {FOOD}.\n",
         f"1. Have you ever had to {REST}?\n2. If yes, tell us how you {WALK} and {FOOD}.\n"],
@@ -165,18 +163,17 @@ REFUSED = {  # reason: answers
     "opens with a pronoun for a sibling": [
         f"- Foxes have learnt to {WALK} near towns.\n- They are shy animals that {REST}.\n"],
     "steps without names": [
-        f"Follow these steps:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n3. Turn the key and {FOOD}\n"],
+        f"Follow these steps:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n3. Turn the key and {FOOD}\n",
+        f"Here is how you can do it:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n"],
     "uses a value worked out in a sibling": [
         f"1. Area: the room is 4 m by 6 m, which gives = 24 square metres, {WALK}.\n"
-        f"2. Paint: 24 square metres need three tins, {REST}.\n"],
+        f"2. Paint: 24 square metres need three tins, {REST}.\n",
+        f"1. Shirts: two at 15 each are 2 * 15 = 30, {WALK}.\n2. In all: with shoes 30 + 40 = 70, {REST}.\n"],
     "uses a name of a sibling": [
         f"1. Read the file, and {WALK}:\n```\nrows = load('a.csv')\n```\n"
-        f"2. Count it, and {REST}:\n```\nprint(len(rows))\n```\n",
-        f"1. Create a file called `shop.py` and {WALK}.\n"
-        f"2. Run it, that is, type python and then `shop.py`, and {REST}.\n"],
+        f"2. Count it, and {REST}:\n```\nprint(len(rows))\n```\n"],
     "takes up a thing of a sibling": [
-        f"1. Plant: dig a hole, build a fence, bring a stake, then {WALK}.\n"
-        f"2. Care: water the hole, paint the fence, straighten the stake, then {REST}.\n"],
+        f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n"],
     "goes on with a sibling's story": [
         f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
         f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n"],

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import publish, published_config, published_weights, write_safetensors
-from model import GPT, GPTConfig, KVCache, from_published, read_safetensors
+from model import GPT, GPTConfig, KVCache, from_published, linear, read_safetensors
 
 PROMPT = [3, 17, 5, 29, 11]
 # Of the last prompt token, by transformers 5.23 in float32: the first six logits, then six greedy tokens.
@@ -162,23 +162,39 @@ def tiny(**config):
     return GPT(GPTConfig(**settings | config)).double().requires_grad_(False)
 
 
+@pytest.mark.parametrize("dtype,error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows,bias", [(128, False), (128, True), (130, True), (8192, True)])
+def test_linear_is_the_same_product_in_every_form(dtype, error, rows, bias):
+    """From one token to more than a decoding pass has, in one or two leading dimensions; while training, with grads."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, rows, bias=bias).to(dtype)
+    for n in (1, 2, 3, 16, 17):
+        x = torch.randn(n, 96, dtype=dtype)
+        exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        for grad in (True, False):
+            y = linear(x, layer.requires_grad_(grad))
+            assert y.dtype == dtype and y.requires_grad == grad and y.shape == (n, rows)
+            assert torch.allclose(y.double(), exact, atol=error, rtol=error)
+        assert torch.equal(linear(x[None], layer), y[None])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_grow_starts_new_rows_at_the_mean_and_keeps_the_others(tied):
-    """Tags in spare rows of the embedding (38, 39), then in new ones; other tokens keep their logits."""
+    """Tags in spare rows of the embedding (38, 39), then in new ones, 64 in all; other tokens keep their logits."""
     model = tiny(tied=tied)
     names = ["wte"] if tied else ["wte", "lm_head"]
     before, logits = {n: getattr(model, n).weight.clone() for n in names}, forward(model, PROMPT)
     model.grow(44, list(range(38, 44)))
-    assert model.config.vocab_size == 44 and forward(model, PROMPT).shape == (5, 44)
+    assert model.config.vocab_size == 64 and forward(model, PROMPT).shape == (5, 64)
     for n in names:
         weight = getattr(model, n).weight
         assert torch.equal(weight[:38], before[n][:38])
-        assert torch.allclose(weight[38:], before[n][:38].mean(0).expand(6, -1), atol=1e-7)
+        assert torch.allclose(weight[38:44], before[n][:38].mean(0).expand(6, -1), atol=1e-7)
     after = forward(model, PROMPT)
     assert torch.equal(after[:, :38], logits[:, :38])
-    assert torch.allclose(after[:, 38:], logits[:, :38].mean(-1, keepdim=True), atol=1e-6), "the head has grown alike"
+    assert torch.allclose(after[:, 38:44], logits[:, :38].mean(-1, keepdim=True), atol=1e-6), "the head has grown alike"
     model.grow(10, [3])
-    assert model.config.vocab_size == 44, "a larger model is not shrunk"
+    assert model.config.vocab_size == 64, "a larger model is not shrunk"
 
 
 def test_num_params_counts_a_tied_head_once():
