@@ -55,9 +55,8 @@ def linear(x, layer):
     """x (..., C) through a Linear or a tied Embedding; for few tokens on a CPU so that weights are read only once."""
     weight, bias, n = layer.weight, getattr(layer, "bias", None), x.numel() // x.size(-1)
     few = n <= 16 and x.device.type == "cpu" and not (weight.requires_grad or torch.compiler.is_compiling())
-    half = weight.dtype == torch.bfloat16
-    if few and (half or n == 1):  # packs the right operand anew: let it be the tokens, of which bfloat16 wants two
-        y = (weight @ x.reshape(n, -1).expand(max(n, 1 + half), -1).t())[:, :n].t()
+    if few and weight.dtype == torch.bfloat16:  # packs the right operand anew: let it be the tokens, two at least
+        y = (weight @ x.reshape(n, -1).expand(max(n, 2), -1).t())[:, :n].t()
     elif few and n > 3 and len(weight) % 64 == 0 and weight.numel() > 2**19:
         parts = weight.view(-1, 64, weight.size(1)).transpose(1, 2)  # 64 rows stay in a core's cache
         y = (x.reshape(n, -1).expand(len(parts), -1, -1) @ parts).transpose(0, 1)
