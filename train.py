@@ -163,7 +163,8 @@ def main():
     net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     interrupts, lengths = [], np.array([len(r.token) for r in rows])
     before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # Ctrl-C lets the current step end
-    step, tokens, value, stop, began = state["step"] if state else 0, 0, math.nan, 0, time.perf_counter()
+    step, value = (state["step"], state.get("loss", math.nan)) if state else (0, math.nan)
+    tokens, stop, began = 0, 0, time.perf_counter()
     order = itertools.islice(batches(lengths, args.batch_size, args.seed), step, args.steps)
     for batch in (bar := tqdm(order, "training", args.steps, initial=step, disable=rank > 0 or None)):
         # a linear warm-up over 5% of the steps, under a cosine to zero
@@ -179,7 +180,7 @@ def main():
         if world > 1:  # a Ctrl-C anywhere stops all processes, at the same step
             dist.all_reduce(stop)
         if rank == 0 and (stop or step == args.steps or step % args.save_every == 0):
-            save_checkpoint(args.out_dir, step=step, args=vars(args), config=vars(model.config),
+            save_checkpoint(args.out_dir, step=step, loss=value, args=vars(args), config=vars(model.config),
                             model=model.state_dict(), optimizer=optimizer.state_dict(), tokenizer=tokenizer.settings)
         if stop:
             break

@@ -183,6 +183,10 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, mo
     run_main(monkeypatch, "--resume", "--data", answers, "--out-dir", tmp_path / "parts")
     for name in ("step", "config", "model", "optimizer", "tokenizer"):
         assert_same(read_checkpoint(tmp_path / "parts")[name], whole[name], name)
+    capsys.readouterr()
+    run_main(monkeypatch, "--resume", "--data", answers, "--out-dir", tmp_path / "parts")  # nothing is left to do
+    said = capsys.readouterr().out
+    assert f"done after step 6 of 6, loss {whole['loss']:.3f}" in said, said
 
 
 def test_resume_refuses_other_settings_by_name(tmp_path, monkeypatch, answers):
