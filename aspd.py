@@ -26,6 +26,11 @@ Row = namedtuple("Row", "token block branch position target")
 # tokens: of the plain answer; steps: passes after the prompt; branches: of each block; speedup: ideal, tokens / steps.
 Stats = namedtuple("Stats", "tokens steps branches branch_tokens title_tokens speedup")
 
+def check(ok, message):
+    """ValueError with the message unless ok."""
+    if not ok:
+        raise ValueError(message)
+
 def join(segments):
     """The plain answer: list of segments -> str."""
     return "".join(s if isinstance(s, str) else "".join(b.text for b in s) for s in segments)
@@ -80,10 +85,8 @@ def branch_positions(start, sizes, scheme="aspd", stride=0):
         return [start] * len(sizes), start + sum(sizes)
     if scheme == "longest":  # as APAR has it
         return [start] * len(sizes), start + max(sizes)
-    if scheme != "stride":
-        raise ValueError(f"unknown position scheme {scheme!r}, expected one of {', '.join(POSITIONS)}")
-    if max(sizes) > stride:
-        raise ValueError(f"a branch of {max(sizes)} tokens is longer than the stride, {stride}")
+    check(scheme == "stride", f"unknown position scheme {scheme!r}, expected one of {', '.join(POSITIONS)}")
+    check(max(sizes) <= stride, f"a branch of {max(sizes)} tokens is longer than the stride, {stride}")
     return [start + i * stride for i in range(len(sizes))], start + len(sizes) * stride  # as PASTA, without predictions
 
 def branch_mask(block, branch):

@@ -20,7 +20,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from aspd import IGNORE, Branch, Special, branch_mask, join, layout, stats, summary, tally, tokenize
+from aspd import IGNORE, Branch, Special, branch_mask, check, join, layout, stats, summary, tally, tokenize
 
 # ---- loading: {"prompt", "response"}, Alpaca and ShareGPT, as JSON or JSON Lines 
 MAX_LINE = 64 * 2**20  # bytes
@@ -38,28 +38,25 @@ def read_objects(path):
         array = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         f.seek(0)
         records = parse_json(f.read(), path) if array else iter(lambda: f.readline(MAX_LINE + 1), b"")
-        for n, record in enumerate(records, start=1):
+        for n, r in enumerate(records, start=1):
             where = f"{path}, {'record' if array else 'line'} {n}"
-            if not array and len(record) > MAX_LINE:
-                raise ValueError(f"{where}: longer than {MAX_LINE} bytes")
-            if array or record.strip():
-                record = record if array else parse_json(record, where)
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
-                yield where, record
+            check(array or len(r) <= MAX_LINE, f"{where}: longer than {MAX_LINE} bytes")
+            if array or r.strip():
+                r = r if array else parse_json(r, where)
+                check(isinstance(r, dict), f"{where}: expected an object, found {type(r).__name__}")
+                yield where, r
 
 def text_of(r, key, where):
     """The text in a record's field. ValueError naming the fields that it has instead."""
-    if not isinstance(r.get(key), str) or not r[key].strip():
-        raise ValueError(f"{where}: no {key} in a record with the fields {', '.join(r) or '(none)'}")
+    fits = isinstance(r.get(key), str) and r[key].strip()
+    check(fits, f"{where}: no {key} in a record with the fields {', '.join(r) or '(none)'}")
     return r[key]
 
 def questions_answers(r, where):
     """Yields (prompt, answer) of a record; of a conversation every answer with the user turn before it."""
-    if "conversations" not in r:
-        if "instruction" in r:
-            question = "\n\n".join(filter(None, (r["instruction"], r.get("input"))))
-            r = {"prompt": question, "response": text_of(r, "output", where)}
+    if "instruction" in r:
+        yield "\n\n".join(filter(None, (r["instruction"], r.get("input")))), text_of(r, "output", where)
+    elif "conversations" not in r:
         yield text_of(r, "prompt", where), text_of(r, "response", where)
     prompt = ""
     for turn in r.get("conversations", ()):
@@ -82,14 +79,12 @@ def read_records(path):
             id = f"{small['id']}-{k}" if "conversations" in r else small["id"]
             yield {**small, "id": id, "prompt": prompt, "response": response}
         n += len(pairs)
-    if n == 0:
-        raise ValueError(f"{path}: no usable answers")
+    check(n, f"{path}: no usable answers")
 
 def read_prompts(path):
     """The {"prompt", "category"} of a file, as a list. ValueError for a record without a prompt, or for no records."""
     prompts = [{"category": r.get("category"), "prompt": text_of(r, "prompt", at)} for at, r in read_objects(path)]
-    if not prompts:
-        raise ValueError(f"{path}: no prompts")
+    check(prompts, f"{path}: no prompts")
     return prompts
 
 def write_whole(path, lines):
@@ -329,28 +324,21 @@ class Tokenizer:
         return Tokenizer(**self.settings | {"special": (*free, self.eos)})
 
 def learn_bpe(text, vocab_size=2048):
-    """Byte pair encoding learnt from text -> ranks. Holds each common word once; a merge touches only its words."""
-    words = [(word.encode("utf-8", "replace"), n) for word, n in Counter(re.findall(PATTERN, text)).most_common(9999)]
-    words = [(word, [bytes([b]) for b in word], n) for word, n in words]
-    ranks, pairs = {bytes([b]): b for b in range(256)}, Counter()
-    def count(parts, n):
-        for pair in itertools.pairwise(parts):
-            pairs[pair] += n
-    for _, parts, n in words:
-        count(parts, n)
-    while len(ranks) < vocab_size:
-        best = max(pairs, key=pairs.get, default=None)
+    """Byte pair encoding learnt from text -> ranks. Holds each common word once, a character for each of its tokens."""
+    words = Counter(re.findall(PATTERN, text)).most_common(4000)
+    words = [(word.encode("utf-8", "replace").decode("latin-1"), n) for word, n in words]
+    tokens = {chr(b): bytes([b]) for b in range(256)}
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        a, b = best = max(pairs, key=pairs.get, default="  ")
         if pairs[best] < 2:
             break
-        ranks[new := b"".join(best)] = len(ranks)
-        for word, parts, n in words:
-            if new in word:
-                count(parts, -n)
-                for i in range(len(parts) - 1, 0, -1):
-                    if (parts[i - 1], *parts[i:i + 1]) == best:
-                        parts[i - 1:i + 1] = [new]
-                count(parts, n)
-    return ranks
+        tokens[new := chr(len(tokens))] = tokens[a] + tokens[b]
+        words = [(word.replace(a + b, new), n) for word, n in words]
+    return {token: i for i, token in enumerate(tokens.values())}
 
 def make_tokenizer(name, texts):
     """"bpe": learnt from the texts; a folder: its tokenizer; else a name that tiktoken knows. With tags."""
@@ -365,8 +353,7 @@ def make_tokenizer(name, texts):
 def published_tokenizer(path):
     """A published folder -> a Tokenizer with the same ids, without tags. ValueError naming what is not supported."""
     def refuse(what, unless):
-        if not unless:
-            raise ValueError(f"{path}/tokenizer.json: {what} is not supported")
+        check(unless, f"{path}/tokenizer.json: {what} is not supported")
     files = [Path(path, name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     t, config, template = [file.read_bytes() if file.exists() else b"" for file in files]
     refuse("a tokenizer without this file (SentencePiece)", unless=t)
@@ -482,7 +469,7 @@ def draw(kind, rng):
         foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
         bold = listing([f"the **{food}**" for food in sorted(foods)])
         return foods, [listing(foods), dish], SOUP.format(dish, bold, max(foods))
-    sizes = {"two-lists": (3, 4), "prose": (2, 3, 4, 5)}.get(kind, (2, 4, 5, 6, 6, 7, 7, 8))
+    sizes = {"two-lists": (3, 4), "prose": (2, 3, 4, 5)}.get(kind, (2, 3, 4, 5, 6, 7, 7, 8, 8))
     kinds = ("bulleted", "numbered") if kind == "two-lists" else (kind,)
     topics = sorted(rng.sample(TOPICS, len(kinds)), key=TOPICS.index)
     picks = [rng.sample(topic[3:], rng.choice(sizes)) for topic in topics]
@@ -535,14 +522,10 @@ def batches(lengths, batch_size, seed):
         yield from (epoch_batches[i] for i in rng.permutation(len(epoch_batches)))
 
 def micro_batches(rows, tokens):
-    """Rows -> lists of rows of like length: little is padding, and each has at most so many tokens (or is one row)."""
-    groups = [[]]
-    for row in sorted(rows, key=lambda r: len(r.token)):
-        n, group = -(-len(row.token) // 16) * 16, groups[-1]
-        if group and ((len(group) + 1) * n > tokens or n > 1.2 * len(group[0].token)):
-            groups.append([])
-        groups[-1].append(row)
-    return groups
+    """Rows -> lists of rows of like length, each of at most so many tokens when padded (or of one row)."""
+    rows = sorted(rows, key=lambda r: len(r.token))
+    n = max(1, tokens // (-(-len(rows[-1].token) // 16) * 16))
+    return [rows[i:i + n] for i in range(0, len(rows), n)]
 
 def collate(rows, device="cpu"):
     """Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from aspd import branch_positions, is_block, plain
+from aspd import branch_positions, check, is_block, plain
 from data import MAX_BRANCHES, Tokenizer, cli, published_tokenizer, read_prompts, write_whole
 from model import KVCache, check_device, from_checkpoint, from_published, read_checkpoint
 
@@ -99,8 +99,8 @@ def load(path="out", device="cpu", dtype=None, compile=False):
     else:
         state = read_checkpoint(path)
         model, tokenizer = from_checkpoint(state, path), Tokenizer(**state["tokenizer"])
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    check(ids <= rows, f"{path}: the tokenizer has {ids} ids, the model {rows}")
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
     return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 
@@ -118,7 +118,7 @@ class Engine:
         slots = bucket(self.config.block_size if lm.compiled else self.budget, 256)  # one size for all
         if lm.cache is None or lm.cache.slots < slots:
             lm.cache = KVCache(self.config, slots, lm.model.wte.weight.dtype, lm.device)
-            for tensor in (lm.cache.k, lm.cache.v, lm.cache.owner, lm.allow) if lm.compiled else ():
+            for tensor in (*lm.cache.k, *lm.cache.v, lm.cache.owner, lm.allow) if lm.compiled else ():
                 torch._dynamo.mark_static_address(tensor)  # CUDA graphs use it in place instead of copying it
         lm.cache.owner.zero_()
         shape, draw = (MAX_BRANCHES + 1, self.config.block_size), torch.Generator().manual_seed(seed)
@@ -235,19 +235,15 @@ def generate(lm, prompt, mode=None, system=None, max_new_tokens=512, temperature
     max_new_tokens counts row tokens. watch: called with the Engine after every pass. ValueError: out of range."""
     mode = mode or ("adaptive" if lm.tokenizer.special else "serial")
     ids, context = lm.tokenizer.prompt(prompt, system), lm.model.config.block_size
-    for ok, message in (
-        (mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}"),
-        (mode == "serial" or lm.tokenizer.special, f"a checkpoint without tags cannot decode in mode {mode!r}"),
-        (prompt.strip(), "the prompt is empty"),
-        (len(ids) < context, f"the prompt {prompt:.40}... has {len(ids)} tokens, too many for a context of {context}"),
-        (max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}"),
-        (0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}"),
-        (top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}"),
-        (0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}"),
-        (2 <= max_branches <= MAX_BRANCHES, f"max-branches must be 2 to {MAX_BRANCHES}, not {max_branches}"),
-    ):
-        if not ok:
-            raise ValueError(message)
+    check(mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    check(mode == "serial" or lm.tokenizer.special, f"a checkpoint without tags cannot decode in mode {mode!r}")
+    check(prompt.strip(), "the prompt is empty")
+    check(len(ids) < context, f"the prompt {prompt:.40}... has {len(ids)} tokens, too many for a context of {context}")
+    check(max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}")
+    check(0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}")
+    check(top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}")
+    check(0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}")
+    check(2 <= max_branches <= MAX_BRANCHES, f"max-branches must be 2 to {MAX_BRANCHES}, not {max_branches}")
     sampling = temperature, top_k, top_p
     if lm.compiled:
         lm.warm_up(sampling, min(len(ids) + max_new_tokens, context))

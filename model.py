@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from aspd import check
+
 FORMAT = "aspd-1"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
 
 @dataclass
@@ -42,8 +44,8 @@ def check_device(device):
 class KVCache:
     """Keys and values of one answer. One slot more than asked for takes what padding queries write."""
     def __init__(self, config, slots, dtype, device):
-        shape = (2, config.n_layer, 1, config.n_kv_head, slots + 1, config.head_size)
-        self.slots, (self.k, self.v) = slots, torch.zeros(shape, dtype=dtype, device=device)
+        shape, self.slots = (1, config.n_kv_head, slots + 1, config.head_size), slots
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in "kv")
         self.owner = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # a slot's live branch; 0: shared
 
     def mask(self, slot, branch, seen):
@@ -86,8 +88,9 @@ class Block(nn.Module):
         if kv is not None:
             kv[0][:, :, slot], kv[1][:, :, slot] = k, v
             k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
-            q = q.reshape(B, k.size(1), -1, hs)  # (1, nkv, nh/nkv T, hs): a group reads each key once
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+            q = q.reshape(B, self.sizes[1], -1, hs)  # (1, nkv, nh/nkv T, hs): a group reads each key once
+        gqa = kv is None and self.sizes[0] != self.sizes[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
         x = x + linear(y.reshape(B, -1, T, hs).transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
         return x + linear(F.silu(gate) * up, self.mlp.c_proj)
@@ -149,22 +152,17 @@ def save_checkpoint(out_dir, **state):
 def read_checkpoint(out_dir):
     """The dict that save_checkpoint wrote. ValueError when it is missing, cut off or not ours; runs no code from it."""
     path = Path(out_dir, "ckpt.pt")
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}: run `python train.py --out-dir {out_dir}` first")
+    check(path.exists(), f"no checkpoint at {path}: run `python train.py --out-dir {out_dir}` first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if state["format"] == FORMAT:
-            return state
-        raise ValueError(f"its format is {state['format']}")
+        check(state["format"] == FORMAT, f"its format is {state['format']}")
+        return state
     except Exception as e:  # torch.load raises many kinds
         raise ValueError(f"{path} is cut off or not a checkpoint of this version, {FORMAT}: {e!r:.200}") from None
 
 def from_checkpoint(state, where="checkpoint"):
-    """The model of a checkpoint's dict."""
-    try:
-        return build(GPTConfig(**state["config"]), state["model"], where)
-    except (AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"{where} is not a checkpoint of this version: {e!r}") from None
+    """The model of a checkpoint's dict. ValueError naming a tensor that its config does not ask for."""
+    return build(GPTConfig(**state["config"]), state["model"], where)
 
 PUBLISHED_NAMES = {  # our modules, and those of published Llama and Qwen2 checkpoints that, joined, make them
     "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
@@ -186,14 +184,12 @@ def build(config, weights, where, published=False):
         if published:  # h.3.mlp.c_fc.weight -> model.layers.3.mlp.gate_proj.weight, model.layers.3.mlp.up_proj.weight
             ours = next(module for module in PUBLISHED_NAMES if module in name)
             names = [name.replace(ours, part).replace("h.", "model.layers.") for part in PUBLISHED_NAMES[ours].split()]
-        if missing := [part for part in names if not isinstance(left.get(part), torch.Tensor)]:
-            raise ValueError(f"{where}: the tensor {missing[0]} is missing")
+        for part in names:
+            check(isinstance(left.get(part), torch.Tensor), f"{where}: the tensor {part} is missing")
         parts = [left.pop(part) for part in names]
-        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if state[name].shape != empty.shape:
-            raise ValueError(f"{where}: {' + '.join(names)} should be {[*empty.shape]}, is {[*state[name].shape]}")
-    if left:
-        raise ValueError(f"{where}: the tensor {min(left)} is not part of such a model")
+        state[name] = w = torch.cat(parts) if len(parts) > 1 else parts[0]
+        check(w.shape == empty.shape, f"{where}: {' + '.join(names)} should be {[*empty.shape]}, is {[*w.shape]}")
+    check(not left, f"{where}: the tensor {min(left, default='')} is not part of such a model")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -203,8 +199,7 @@ def read_safetensors(path):
     try:
         data = np.memmap(path, np.uint8, mode="c")  # changes stay in memory
         n = int.from_bytes(data[:8].tobytes(), "little")
-        if n > len(data) - 8:
-            raise ValueError(f"{n} bytes do not fit a file of {len(data)}")
+        check(n <= len(data) - 8, f"{n} bytes do not fit a file of {len(data)}")
         header, data = json.loads(data[8:8 + n].tobytes()), data[8 + n:]
         header.pop("__metadata__", None)
         for name, t in header.items():
@@ -223,8 +218,7 @@ def from_published(path):
         rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # older and newer configs differ
         c = c | {"rope_type": rope.get("type"), **rope, "layer_types": sorted(set(c.get("layer_types") or [])) or None}
         for key, values in SUPPORTED.items():
-            if c.get(key) not in values:
-                raise ValueError(f"{path}/config.json: {key} = {c.get(key)!r} is not supported")
+            check(c.get(key) in values, f"{path}/config.json: {key} = {c.get(key)!r} is not supported")
         n_head, n_embd, tied = c["num_attention_heads"], c["hidden_size"], bool(c.get("tie_word_embeddings"))
         config = GPTConfig(
             block_size=c["max_position_embeddings"], vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"],

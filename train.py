@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from aspd import IGNORE, POSITIONS, summary
+from aspd import IGNORE, POSITIONS, check, summary
 from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer, micro_batches,
                   published_tokenizer, read_records, split_held_out)
 from model import GPT, GPTConfig, check_device, from_checkpoint, from_published, read_checkpoint, save_checkpoint
@@ -52,15 +52,15 @@ def parse_args():
     args = p.parse_args()
     check_device(args.device)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value > 0 and not (name == "seed" and value == 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be over 0, not {value}")
+        fits = type(value) not in (int, float) or value > 0 or (name == "seed" and value == 0)
+        check(fits, f"--{name.replace('_', '-')} must be over 0, not {value}")
     if not args.resume:
         return args, None
     state, may_change = read_checkpoint(args.out_dir), ("out_dir", "device", "compile", "resume", "save_every")
     p.set_defaults(**state["args"] | {name: getattr(args, name) for name in may_change})
     for name, value in vars(args := p.parse_args()).items():
-        if value != p.get_default(name):
-            raise ValueError(f"--resume: {name} is {p.get_default(name)!r} in {args.out_dir}, not {value!r}")
+        was = p.get_default(name)
+        check(value == was, f"--resume: {name} is {was!r} in {args.out_dir}, not {value!r}")
     return args, state
 
 def prepare(args, state):
@@ -81,9 +81,8 @@ def prepare(args, state):
     model.config.positions, model.config.stride = args.positions, args.stride
     (rows, total), (val_rows, _) = (make_rows(records, tokenizer, model.config, args.mode, args.block_size)
                                     for records in (train, val))
-    if not rows or not val_rows:
-        raise ValueError(f"{args.data or 'the built-in corpus'}: {len(rows)} of {len(train)} answers to train on and "
-                         f"{len(val_rows)} of {len(val)} held out (2% of the prompts) fit {args.block_size} tokens")
+    for kept, of, what in (rows, train, "train on"), (val_rows, val, "hold out (2% of the prompts)"):
+        check(kept, f"{args.data}: none of the {len(of)} answers to {what} has up to {args.block_size} tokens")
     args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2500)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
     s = summary(total)
@@ -172,8 +171,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         value = train_step(net, [rows[i] for i in batch], optimizer, args, rank, world)
-        if not math.isfinite(value):
-            raise ValueError(f"loss is {value} at step {step}, learning rate {lr:.2e}; last checkpoint: {args.out_dir}")
+        finite = math.isfinite(value)
+        check(finite, f"loss is {value} at step {step}, learning rate {lr:.2e}; last checkpoint: {args.out_dir}")
         step, tokens = step + 1, tokens + lengths[batch].sum()
         bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
         stop = torch.tensor(len(interrupts), device=args.device)

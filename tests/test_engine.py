@@ -6,6 +6,7 @@ every token is fed exactly once. Random weights decode into well-formed rows of 
 """
 import math
 import random
+import re
 import shutil
 from argparse import Namespace
 from collections import Counter, namedtuple
@@ -15,6 +16,7 @@ from itertools import chain, count, repeat
 import numpy as np
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import decode
 from aspd import POSITIONS, Special, branch_mask, is_block, layout, plain, stats
@@ -554,9 +556,9 @@ def test_cache_is_written_once_and_in_place():
 
     def watch(engine):
         nonlocal inside
-        kv, old, n = (lm.cache.k, lm.cache.v), last.get("kv"), last["slot"]
+        kv, old, n = [*lm.cache.k, *lm.cache.v], last.get("kv"), last["slot"]
         assert old is None or all(a.data_ptr() == p and torch.equal(a[..., :n, :], b) for a, (p, b) in zip(kv, old))
-        written = kv[0][..., n:engine.slot, :].abs().sum((0, 1, 2, 4))
+        written = kv[0][..., n:engine.slot, :].abs().sum((0, 1, 3))
         assert engine.slot > n and (written > 0).all(), "the next slots"
         assert not kv[0][..., engine.slot:, :].any(), "and no others"
         last.update(slot=engine.slot, kv=[(a.data_ptr(), a[..., :engine.slot, :].clone()) for a in kv])
@@ -568,10 +570,10 @@ def test_cache_is_written_once_and_in_place():
     wish = ENDLESS | dict(serial=iter([X, TAGS.title, X, TAGS.title, X, EOS]), title=TAGS.title_end)
     answer = generate(puppet(lm, by_state(**wish), thinks=True), "p", max_new_tokens=200, max_branches=3, watch=watch)
     assert len(answer.blocks) == 1 and inside == max(len(rest) for _, rest in answer.segments[1]) + 2
-    at = lm.cache.k.data_ptr()
+    at = lm.cache.k[0].data_ptr()
     lm.step = decode.forward_pass
     again, alone = (generate(lm, "other", max_new_tokens=200) for lm in (lm, random_lm()))
-    assert lm.cache.k.data_ptr() == at, "the next answer takes the same memory"
+    assert lm.cache.k[0].data_ptr() == at, "the next answer takes the same memory"
     assert again.segments == alone.segments, "and sees nothing of the last one"
 
 
@@ -596,7 +598,7 @@ def test_compiled_equals_eager_and_is_never_compiled_again():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    eager = random_lm(n_layer=1, n_embd=16, n_inner=24, n_head=2, n_kv_head=1, block_size=600)
+    eager = random_lm(n_layer=1, n_embd=16, n_inner=24, block_size=600)  # four heads in two key groups
     compiled = LM(like_tags(eager, title=3.0, para=2.0, title_end=2.5, branch_end=1.0).model, TOKENIZER, compile=True)
     cases, blocks = [("p", 5), ("two tips", 500), ("x" * 100, 200), ("y" * 300, 10**6), ("z" * 580, 9)], Counter()
     for sampling in (dict(temperature=0.0), dict(temperature=0.9, top_k=200, top_p=0.95)):
@@ -610,8 +612,23 @@ def test_compiled_equals_eager_and_is_never_compiled_again():
                 a, b = (generate(lm, prompt, mode, **options) for lm in (eager, compiled))
                 assert a.segments == b.segments and (a.steps, a.finish) == (b.steps, b.finish)
                 assert not compiled.cache.owner[:-1].any(), "padding owns the reserved slot alone"
-                places.add(compiled.cache.k.data_ptr())
+                places.add(compiled.cache.k[0].data_ptr())
                 blocks[mode] += len(a.blocks)
         assert graphs() == warm and len(places) == 1
     assert min(blocks["adaptive"], blocks["branchwise"]) >= 4
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_step_writes_the_cache_in_place():
+    """No buffer of the compiled step is as long as the cache: a layer's keys and values are never copied."""
+    torch._dynamo.reset()
+    lm = random_lm()
+    engine = decode.Engine(lm, [], "serial", 700, (0.0, 0, 1.0), 0, 16, None)
+    slots, feed = lm.cache.slots + 1, torch.tensor([[X], [0], [0], [0], [0], [SERIAL]])
+    with torch.no_grad():
+        _, codes = run_and_get_code(torch.compile(decode.forward_pass, fullgraph=True), lm.model, lm.cache, lm.allow,
+                                    engine.uniform, feed, 256, 1, (0.0, 0, 1.0))
+    buffers = re.findall(r"= empty_strided\w*\((\(.*?\))", "\n".join(codes))
+    assert len(buffers) > 5 and not any(f" {slots}," in shape for shape in buffers), buffers
     torch._dynamo.reset()
