@@ -124,7 +124,7 @@ LEVELS = [(level, rank, re.compile(pattern)) for level, rank, pattern in [  # gr
     ("bullet", 10, r"([-*+•‣◦▪●–])[ \t]+\S"),
     ("label", 8, r"((?:\*\*|__)?)(?!(?:Here|Note|Subject|Dear|Sure|This|And|Now|So|To|You|I)\b)[^\W\d_a-z]"
      r"[^\s:.!?]{0,30}(?: [^\s:.!?]{1,30}){0,4}(?::(?=\s|\*|$)|：)"),  # a name, not a sentence: five words at most
-    ("ordinal", 9, r"()(?:(?:First|Second|Third|Final|Last)(?:ly)?,|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
+    ("ordinal", 9, r"()(?:(?:First|Second|Third)(?:ly)?,|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
 ]]
 OPAQUE = re.compile(r"[ \t]*(?:(```|~~~)|\|)")  # code and tables are never cut
 PREFIX = re.compile(r"\W*(?:\w{1,3}[.)）．、](?=[\s*一-鿿]))?\W*")  # the marker of a part
@@ -213,7 +213,8 @@ SAYS = [  # reason, what a part of the block says after its marker: it goes on f
     ("steps of one recipe", r"\A[^\n]{0,400}(?:\b[Tt]he (?:\w+ )?mixture\b|\b[Pp]reheat|\bset (?:\w+ )?aside\b)"),
     ("opens by going on", r"\A(?:However|Thus|As a result|Then|Meanwhile|Now|(?:Next|Also)(?=,)|If (?:yes|no|so))\b"),
     ("points at a sibling", r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-     r"|\b[Rr]epeat (?:the|steps?)\b|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b|上述|如上"),
+     r"|\b[Rr]epeat (?:the|steps?)\b|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b"
+     r"|\bthe (?:\w+ )?above\b|上述|如上"),
 ]
 PRONOUN = re.compile(r'[^\w"“]{0,9}(?:\w{1,3}[.)])?[^\w"“]{0,9}(?:They|These|Those|This|She|He|It) [a-z]')
 STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|it works|how (?:you|to))\b|步骤).*\s*\Z")
@@ -221,8 +222,10 @@ BRINGS = [  # reason, what a part brings in, how a later one takes it up, how of
     ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)(?!\S* *[-+*/])", r"\d[\d,.]*\d", 1, ""),
     ("uses a name of a sibling", r"(?m)^[ \t]*(?:(?:[a-z.-]+ ){0,3}(?:class|function|const|def|struct|startproject"
      r"|startapp|mkdir) |(?=\w+ *(?:=[^=]|\()))(\w{2,})", r"\w{2,}", 1, ""),
+    ("uses a name of a sibling", *[r"\b[a-z]{2,}(?:\w*_\w+|[A-Z][a-z]\w*)|(?<=[\"'#/])[a-z]\w*(?:-\w+)+"] * 2, 1, ""),
     ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 2, ""),
-    ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4, r"\W*(?:Day|Chapter|Act|Page) [\dIV]"),
+    ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4,
+     r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"),
 ]
 
 def dependence(parts, titles, text, start, said):
@@ -241,7 +244,7 @@ def dependence(parts, titles, text, start, said):
         brought, hits = set(), 0
         for part, title in zip(parts, titles) if re.match(only, titles[0]) else ():
             own = set(re.findall(brings, part))
-            taken = set(re.findall(takes_up, part[len(title):])) & brought - (set() if only else own)
+            taken = set(re.findall(takes_up, part[len(title):])) & brought - (set() if brings == takes_up else own)
             hits += sum(said.get(word, -1) >= start for word in {word.lower().rstrip("s") for word in taken} - known)
             brought |= own
         if hits >= times:

@@ -72,7 +72,7 @@ STRUCTURES = {  # answer, the first words of every branch
     "labelled paragraphs": (f"Body: {WALK}.\n\nMind: {REST}.\n\nFood: {FOOD}.", [["Body:", "Mind:", "Food:"]]),
     "reasons in paragraphs": (
         f"One reason is health: {WALK}.\n\nAnother reason is calm: {REST}.\n\n", [["One reason", "Another reason"]]),
-    "First, Second": (f"First, {WALK}.\n\nSecond, {REST}.\n\nFinally, {FOOD}.\n", [["First,", "Second,", "Finally,"]]),
+    "First, Second": (f"First, {WALK}.\n\nSecond, {REST}.\n\nFinally, {FOOD}.\n", [["First,", "Second,"]]),
     "two lists with prose between": (
         f"It helps a lot to begin with two things:\n\n- Walk: {WALK}.\n- Plan: {FOOD}.\n\nAnd to drop two others:\n\n"
         f"- Coffee: none after noon, since it keeps most people awake long into the night.\n- Screens: {REST}.\n",
@@ -159,7 +159,8 @@ REFUSED = {  # reason: answers
     "points at a sibling": [
         f"1. Walk: {WALK}.\n2. Rest: as mentioned above, {REST}.\n",
         f"1. Walk: {WALK}.\n2. Rest: go back to step 1 and {REST}.\n",
-        f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n"],
+        f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n",
+        f"1. Walk: {WALK}.\n2. Rest: with the advice above in mind, {REST}.\n"],
     "opens with a pronoun for a sibling": [
         f"- Foxes have learnt to {WALK} near towns.\n- They are shy animals that {REST}.\n"],
     "steps without names": [
@@ -171,12 +172,17 @@ REFUSED = {  # reason: answers
         f"1. Shirts: two at 15 each are 2 * 15 = 30, {WALK}.\n2. In all: with shoes 30 + 40 = 70, {REST}.\n"],
     "uses a name of a sibling": [
         f"1. Read the file, and {WALK}:\n```\nrows = load('a.csv')\n```\n"
-        f"2. Count it, and {REST}:\n```\nprint(len(rows))\n```\n"],
+        f"2. Count it, and {REST}:\n```\nprint(len(rows))\n```\n",
+        f"1. Page: open it, and {WALK}:\n```\n<p id='day-list'>\n```\n"
+        f"2. Style: copy this, and {REST}:\n```\n#day-list {{ color: red }}\n```\n",
+        f"1. Table: store the `user_name`, and {WALK}.\n2. Form: ask for the `user_name`, and {REST}.\n"],
     "takes up a thing of a sibling": [
         f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n"],
     "goes on with a sibling's story": [
         f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
-        f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n"],
+        f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n",
+        f"Panel 1:\nWe see how Marta, Pedro, Lucia and Bruno {WALK}.\n\n"
+        f"Panel 2:\nAs Marta and Pedro look on, Lucia and Bruno {REST}.\n"],
     "saves no steps": ["1. Ash\n2. Elm\n3. Oak\n", "- Yes, of course.\n- No.\n"],
 }
 CASES = [(reason, answer) for reason, answers in REFUSED.items() for answer in answers]
