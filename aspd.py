@@ -74,20 +74,19 @@ def layout(prompt, ids, special, positions="aspd", stride=0):
     tokens, block, branch, position, chosen = zip(*pieces)
     token, position = np.array([i for piece in tokens for i in piece], dtype=np.int64), np.concatenate(position)
     block, branch, chosen = np.repeat([block, branch, chosen], [len(piece) for piece in tokens], axis=1)
-    target = np.append(np.where(chosen, token, IGNORE)[1:], IGNORE)  # the next one, if chosen: branches start forced
+    target = np.append(np.where(chosen, token, IGNORE)[1:], IGNORE)  # the next one: each stream starts forced
     target[np.flatnonzero(block == 0)[-1]] = special.eos
     return Row(token, block, branch, position, target)
 
 def branch_positions(start, sizes, scheme="aspd", stride=0):
     """Where branches start and the serial stream goes on (paper section 3.3). start: the position after <|para|>;
     sizes: each branch's tokens, with tags -> (list of positions, position). ValueError: unknown scheme, long branch."""
-    if scheme == "aspd":  # side by side, and afterwards as if they had been written one after the other
-        return [start] * len(sizes), start + sum(sizes)
-    if scheme == "longest":  # as APAR has it
-        return [start] * len(sizes), start + max(sizes)
-    check(scheme == "stride", f"unknown position scheme {scheme!r}, expected one of {', '.join(POSITIONS)}")
-    check(max(sizes) <= stride, f"a branch of {max(sizes)} tokens is longer than the stride, {stride}")
-    return [start + i * stride for i in range(len(sizes))], start + len(sizes) * stride  # as PASTA, without predictions
+    check(scheme in POSITIONS, f"unknown position scheme {scheme!r}, expected one of {', '.join(POSITIONS)}")
+    if scheme == "stride":  # as PASTA, without its predictions
+        check(max(sizes) <= stride, f"a branch of {max(sizes)} tokens is longer than the stride, {stride}")
+        return [start + i * stride for i in range(len(sizes))], start + len(sizes) * stride
+    # side by side, and on as if they had been written one after the other or, as APAR has it, behind the longest
+    return [start] * len(sizes), start + (sum(sizes) if scheme == "aspd" else max(sizes))
 
 def branch_mask(block, branch):
     """The branch-invisible mask (paper section 3.2): query q sees key k at or before it, unless they are in different

@@ -361,6 +361,7 @@ def published_tokenizer(path):
     t, config, template = [file.read_bytes() if file.exists() else b"" for file in files]
     refuse("a tokenizer without this file (SentencePiece)", unless=t)
     t, config = parse_json(t, files[0]), parse_json(config or b"{}", files[1])
+    refuse("a file without merges or added_tokens", unless="merges" in t.get("model", ()) and "added_tokens" in t)
     model, added = t["model"], {a["content"]: a["id"] for a in t["added_tokens"]}
     kind, normalizer, eos = model.get("type"), (t.get("normalizer") or {}).get("type"), config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
@@ -368,7 +369,7 @@ def published_tokenizer(path):
     known = kind == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC")
     refuse(f"the model {kind}, byte fallback or the normalizer {normalizer}", unless=known)
     refuse(f"the eos_token {eos}", unless=eos in added)
-    refuse("a chat template other than ChatML", unless=not template or "<|im_start|>" in template)
+    refuse("a chat template other than ChatML", unless=not template or "<|im_start|>" in template and "<|im_start|>" in added)
     refuse("a token before or after all text", unless="'SpecialToken'" not in str(t.get("post_processor")))
     merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     refuse("a vocabulary in another order than the merges", unless=merged == sorted(merged))
@@ -383,13 +384,11 @@ def published_tokenizer(path):
         system = (re.findall(r"<\|im_start\|>system(?:\\n|\n)((?:[^'\"<{]|{})+)<\|im_end\|>", template) or [""])[0]
     pre = t.get("pre_tokenizer") or {}  # how it cuts text into words -> a pattern that does the same
     parts = pre.get("pretokenizers", [pre])
-    kinds, first, last = [p.get("type") for p in parts], parts[0], parts[-1]
-    own = kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True)
-    digits = kinds == ["Digits", "ByteLevel"] and first["individual_digits"]
-    known = kinds[-1] == "ByteLevel" and (own or (digits or len(kinds) == 1) and last.get("use_regex", True))
+    kinds, first, last = " ".join(str(p.get("type")) for p in parts), parts[0], parts[-1]
+    pattern = {"ByteLevel": GPT2, "Digits ByteLevel": first.get("individual_digits") and GPT2_DIGITS,
+               "Split ByteLevel": first.get("behavior") == "Isolated" and first["pattern"].get("Regex")}.get(kinds)
+    known = pattern and last.get("use_regex", True) == (first["type"] != "Split") and not first.get("invert")
     refuse(f"the pre_tokenizer {parts}", unless=known and not last.get("add_prefix_space"))
-    refuse(f"the split {first}", unless=not own or first["behavior"] == "Isolated" and not first.get("invert"))
-    pattern = first["pattern"]["Regex"] if own else GPT2_DIGITS if digits else GPT2
     return Tokenizer(pattern, ranks, added[eos], None, chat, system, normalizer == "NFC", list(added.values()))
 
 # ---- the built-in corpus: chat answers without tags, written by a seeded generator over a small table of facts 

@@ -83,7 +83,8 @@ class LM:
     def warm_up(self, sampling, n):
         """Compiles the step and runs it, once, at every shape that n slots can need: the buckets of W and seen."""
         shapes = {(1 << w, 1 << s, sampling) for s in range(8, bucket(n, 256).bit_length()) for w in range(s + 1)}
-        for W, seen, _ in tqdm(sorted(shapes - self.warm), "compiling", leave=False):
+        new = sorted(shapes - self.warm)
+        for W, seen, _ in tqdm(new, "compiling", leave=False, disable=not new or None):
             engine = Engine(self, [], "serial", seen, sampling, 0, MAX_BRANCHES, None)
             for _ in range(3):  # CUDA graphs: warm-up, recording, replay
                 engine.slot = seen - W
@@ -155,15 +156,13 @@ class Engine:
         """Prefill, then serial text and blocks until end-of-text or until nothing is left."""
         token = self.serial(self.prompt)
         self.ttft = time.perf_counter()
-        while token != self.lm.tokenizer.eos:
-            if min(self.budget, self.config.block_size - self.position) < 1:
-                self.cut = True
-                break
+        while token != self.lm.tokenizer.eos and min(self.budget, self.config.block_size - self.position) > 0:
             if self.tags and token == self.tags.title:
                 token = self.block()
             else:
                 self.segments[-1].append(token)
                 token = self.serial([token])
+        self.cut |= token != self.lm.tokenizer.eos
 
     def room(self, block):
         """Whether one more title may start (the first: two): every branch must still get MIN_BRANCH tokens after it."""
@@ -179,7 +178,7 @@ class Engine:
         """Titles, then branches. Returns the first serial token after the block."""
         tags, token, block = self.tags, self.tags.title, []
         self.segments.append(block)
-        while token == tags.title:
+        while len(block) < 2 or token == tags.title and self.room(block):  # at least two: the second is forced
             title = []
             block.append((title, []))
             token = self.serial([tags.title], TITLE_START)
@@ -187,11 +186,7 @@ class Engine:
                 title.append(token)
                 token = self.serial([token], TITLE)
             token = self.serial([tags.title_end], AFTER_TITLE)
-            if len(block) == 1:  # forced: a block has at least two branches
-                token = tags.title
-            elif token == tags.title and not self.room(block):
-                self.cut |= len(block) < self.max_branches
-                token = tags.para
+        self.cut |= token == tags.title and len(block) < self.max_branches  # one more was wanted: no room
         self.branches(block)
         self.segments.append([])
         return self.serial([tags.para_end])

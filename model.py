@@ -105,10 +105,10 @@ class GPT(nn.Module):
         self.ln_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if "wte" in name:  # five times GPT-2's: a small model must tell tokens apart before its layers do anything
-                nn.init.normal_(p, std=0.1)
-            elif p.dim() == 2:  # unit variance stays unit variance, but what adds to the residual stream starts small
-                nn.init.normal_(p, std=p.size(1) ** -0.5 * ((2 * config.n_layer) ** -0.5 if "c_proj" in name else 1))
+            if p.dim() == 2:  # unit variance stays unit variance, but what adds to the residual stream starts small;
+                # wte is five times GPT-2's: a small model must tell tokens apart before its layers do anything
+                scale = (2 * config.n_layer) ** -0.5 if "c_proj" in name else 1
+                nn.init.normal_(p, std=0.1 if "wte" in name else p.size(1) ** -0.5 * scale)
 
     def num_params(self):
         """Number of parameters; a tied head counts once."""
@@ -161,7 +161,9 @@ def read_checkpoint(out_dir):
         raise ValueError(f"{path} is cut off or not a checkpoint of this version, {FORMAT}: {e!r:.200}") from None
 
 def from_checkpoint(state, where="checkpoint"):
-    """The model of a checkpoint's dict. ValueError naming a tensor that its config does not ask for."""
+    """The model of a checkpoint's dict. ValueError naming a setting or a tensor that is not ours."""
+    unknown = state["config"].keys() - vars(GPTConfig())
+    check(not unknown, f"{where} is not a checkpoint of this version: unknown settings {unknown}")
     return build(GPTConfig(**state["config"]), state["model"], where)
 
 PUBLISHED_NAMES = {  # our modules, and those of published Llama and Qwen2 checkpoints that, joined, make them

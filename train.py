@@ -1,4 +1,4 @@
-"""Trains a GPT on tagged answers under the branch mask (paper section 3.3), from scratch or from a published model.
+"""Trains a GPT on tagged answers under the branch mask (paper section 3.2), from scratch or from a published model.
 
     python train.py                                        # the built-in corpus, from scratch, minutes on a CPU
     python train.py --mode serial --out-dir out-serial     # its serial twin: the same answers, untagged
@@ -82,7 +82,7 @@ def prepare(args, state):
     (rows, total), (val_rows, _) = (make_rows(records, tokenizer, model.config, args.mode, args.block_size)
                                     for records in (train, val))
     for kept, of, what in (rows, train, "train on"), (val_rows, val, "hold out (2% of the prompts)"):
-        check(kept, f"{args.data}: none of the {len(of)} answers to {what} has up to {args.block_size} tokens")
+        check(kept, f"{args.data or 'corpus'}: none of the {len(of)} answers to {what} fits {args.block_size} tokens")
     args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2500)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
     s = summary(total)
@@ -134,9 +134,9 @@ def report(args, model, tokenizer, optimizer, records, val_rows):
     args.no_branch_mask = False  # decoding always has the mask
     value = held_out_loss(model, val_rows, [tokenizer.eos, *(tokenizer.special or ())], args)
     print(f"held-out loss {value:.4f} a plain token, over {len(val_rows)} answers", flush=True)
-    seconds = {"aspd": [], "serial": []}
-    rows = {mode: make_rows(records[:999], tokenizer, model.config, mode, args.block_size)[0] for mode in seconds}
-    if args.mode == "aspd" and len(rows["serial"]) >= args.batch_size:
+    if args.mode == "aspd":
+        seconds = {"aspd": [], "serial": []}
+        rows = {mode: make_rows(records[:999], tokenizer, model.config, mode, args.block_size)[0] for mode in seconds}
         tokens = {mode: sum(len(r.token) for r in rows[mode]) for mode in seconds}
         for mode in [*seconds] * 4:  # real steps: the checkpoint is written, these weights have no other use
             began = time.perf_counter()
@@ -171,8 +171,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         value = train_step(net, [rows[i] for i in batch], optimizer, args, rank, world)
-        finite = math.isfinite(value)
-        check(finite, f"loss is {value} at step {step}, learning rate {lr:.2e}; last checkpoint: {args.out_dir}")
+        check(math.isfinite(value), f"loss is {value} at step {step}, learning rate {lr:.2e}; saved: {args.out_dir}")
         step, tokens = step + 1, tokens + lengths[batch].sum()
         bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
         stop = torch.tensor(len(interrupts), device=args.device)
