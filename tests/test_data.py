@@ -266,6 +266,8 @@ REFUSED = {  # a change, and what the message must name
         {**BYTE_LEVEL, "use_regex": False}]}), "Split.*Removed"),
     "byte_fallback": (set_in(["model", "byte_fallback"], True), "byte.fallback"),
     "Unigram": (set_in(["model", "type"], "Unigram"), "Unigram"),
+    "no merges": (lambda t, config: t["model"].pop("merges"), "merges"),
+    "no added tokens": (lambda t, config: t.pop("added_tokens"), "added_tokens"),
     "merges out of order": (set_in(["model", "merges"], MERGES[::-1]), "merges"),
     "BOS": (set_in(["post_processor"], {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>"}}]}),
             "token before"),
