@@ -186,7 +186,8 @@ def find_runs(lines, marks):
                 if not over or run.rank < 9:
                     break
                 stack.pop()
-    return [run for run in runs if len(run.parts) > 1]
+    apart = lambda run: run.rank != 8 or not any(marks[i - 1][0] for i in run.parts[1:])  # else fields of one thing
+    return [run for run in runs if len(run.parts) > 1 and apart(run)]
 
 def name_parts(parts):
     """A title for each part: its label if that is short, else the fewest words that no sibling starts with."""
@@ -369,7 +370,8 @@ def published_tokenizer(path):
     known = kind == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC")
     refuse(f"the model {kind}, byte fallback or the normalizer {normalizer}", unless=known)
     refuse(f"the eos_token {eos}", unless=eos in added)
-    refuse("a chat template other than ChatML", unless=not template or "<|im_start|>" in template and "<|im_start|>" in added)
+    chatml = "<|im_start|>" in template and "<|im_start|>" in added
+    refuse("a chat template other than ChatML", unless=not template or chatml)
     refuse("a token before or after all text", unless="'SpecialToken'" not in str(t.get("post_processor")))
     merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     refuse("a vocabulary in another order than the merges", unless=merged == sorted(merged))

@@ -128,6 +128,7 @@ UNTOUCHED = {
     "dialogue": f"Ann: Did you {WALK}?\n\nBen: No, I had to {REST}.\n\nAnn: And did you {FOOD}?\n\nBen: Not yet.",
     "stage directions": f"Ann (smiling): Come and {WALK}!\n\nBen (yawning): I would rather {REST}.\n",
     "letter": f"Subject: Holiday\n\nDear Ben,\n\nI hope you {WALK}. Do you still {FOOD}?\n\nYours,\nAnn",
+    "fields of one thing": f"Name: the lighthouse where people {WALK}\nPower: {REST}\nPast: {FOOD}\n",
     "sentences with a colon": (f"Plugging the two values in, we get:\n{WALK}.\n\n"
         f"Nobody knows why, but the outcome is:\n{REST}.\n"),
 }
@@ -143,7 +144,7 @@ def test_text_without_independent_parts_stays_serial(name):
 
 REFUSED = {  # reason: answers
     "titles are not distinct": [
-        f"Q: Why walk?\nA: Because {WALK}.\n\nQ: Why rest?\nA: Because {REST}.\n"],
+        f"Q: Why walk?\n\nA: Because {WALK}.\n\nQ: Why rest?\n\nA: Because {REST}.\n"],
     "works on what its siblings say": [
         f"1. Cats: {WALK}.\n2. Dogs: {REST}.\n3. Overall, both are fine pets, and the choice is yours to make.\n"],
     "is a song or a play": [UNTOUCHED["lyrics"], UNTOUCHED["stage directions"]],
