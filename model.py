@@ -44,6 +44,7 @@ def check_device(device):
 class KVCache:
     """Keys and values of one answer. One slot more than asked for takes what padding queries write."""
     def __init__(self, config, slots, dtype, device):
+        # a tensor a layer: torch.compile writes into that in place, but would copy all of a tensor that layers share
         shape, self.slots = (1, config.n_kv_head, slots + 1, config.head_size), slots
         self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in "kv")
         self.owner = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # a slot's live branch; 0: shared
@@ -89,7 +90,7 @@ class Block(nn.Module):
             kv[0][:, :, slot], kv[1][:, :, slot] = k, v
             k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
             q = q.reshape(B, self.sizes[1], -1, hs)  # (1, nkv, nh/nkv T, hs): a group reads each key once
-        gqa = kv is None and self.sizes[0] != self.sizes[1]
+        gqa = kv is None and self.sizes[0] != self.sizes[1]  # a bool also to torch.compile, to which sizes are symbols
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
         x = x + linear(y.reshape(B, -1, T, hs).transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
