@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from aspd import check
+from aspd import IGNORE, check
 
 FORMAT = "aspd-1"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
 
@@ -96,6 +96,27 @@ class Block(nn.Module):
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
         return x + linear(F.silu(gate) * up, self.mlp.c_proj)
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """A linear layer and summed cross-entropy in one: x (N, C), weight (V, C), target (N,) ids or IGNORE. Finds the
+    gradients on the way, a quarter of the tokens at a time: the logits of all would take most of the memory."""
+    @staticmethod
+    def forward(ctx, x, weight, target):
+        w, known = weight.to(x.dtype), (target != IGNORE)[:, None]
+        loss, dx, dw = 0, [], torch.zeros_like(weight)
+        for part, t in zip((x * known).chunk(4), target.chunk(4)):
+            logp = (part @ w.t()).float().log_softmax(-1)
+            loss = loss + F.nll_loss(logp, t, ignore_index=IGNORE, reduction="sum")
+            logp.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1  # is the gradient now, in place
+            dlogits = logp.to(w.dtype)
+            dx.append(dlogits @ w)
+            dw += dlogits.t() @ part
+        ctx.save_for_backward(torch.cat(dx) * known, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(grad * d for d in ctx.saved_tensors), None
+
 class GPT(nn.Module):
     """Embedding, layers, norm and head; see forward for the shapes."""
     def __init__(self, config):
@@ -115,10 +136,11 @@ class GPT(nn.Module):
         """Number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None):
+    def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None, target=None):
         """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, nh, T, S); None = plain causal. cache,
         slot (T,): write keys and values there, read as many slots as the mask is wide (B = 1, mask (T, S)). pick: flat
-        indices of the tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V)."""
+        indices of the tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V); with the
+        picked tokens' target (len(pick),) their summed cross-entropy instead, which never holds all logits."""
         config, x = self.config, self.wte(idx)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         frequency = config.rope_theta ** -(torch.arange(0, config.head_size, 2, device=x.device) / config.head_size)
@@ -131,7 +153,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
         x = x if pick is None else x.flatten(0, 1)[pick]
-        return linear(self.ln_f(x), self.lm_head or self.wte)
+        x, head = self.ln_f(x), self.lm_head or self.wte
+        return linear(x, head) if target is None else LinearCrossEntropy.apply(x.to(dtype), head.weight, target)
 
     @torch.no_grad()
     def grow(self, vocab_size, new):

@@ -46,11 +46,12 @@ def parse_args():
     add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast; the weights stay float32")
-    add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
+    add("--compile", action="store_true", help="torch.compile the model (GPU only)")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from out-dir's checkpoint, as Ctrl-C leaves one")
     args = p.parse_args()
     check_device(args.device)
+    check(not args.compile or args.device != "cpu", "--compile: torch fails to compile this training on cpu")
     for name, value in vars(args).items():
         fits = type(value) not in (int, float) or value > 0 or (name == "seed" and value == 0)
         check(fits, f"--{name.replace('_', '-')} must be over 0, not {value}")
@@ -101,8 +102,7 @@ def summed_loss(model, rows, args):
     """The loss of a micro-batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, pick, target = collate(rows, args.device)
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        logits = model(idx, position, None if args.no_branch_mask else mask, pick=pick)
-    return torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum")
+        return model(idx, position, None if args.no_branch_mask else mask, pick=pick, target=target)
 
 def train_step(model, rows, optimizer, args, rank=0, world=1):
     """One update -> the batch's mean loss, over all processes. Leaves the weights alone where that is not finite."""

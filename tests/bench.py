@@ -592,6 +592,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dtype == "float64" and (args.held_out or args.train):
         raise ValueError("--held-out and --train compute in float32 or bfloat16, not in float64")
+    if args.compile and args.device == "cpu" and (args.train or args.all_gpu):
+        raise ValueError("--compile: torch fails to compile training on cpu")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: CUDA is not available")
     command = "python " + shlex.join(sys.argv if argv is None else ["tests/bench.py", *argv])

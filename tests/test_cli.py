@@ -64,6 +64,7 @@ BAD = [
     (train, "--positions sideways", "sideways"),
     (train, "--mode parallel", "parallel"),
     (train, "--device cuda", "CUDA"),
+    (train, "--compile", "compile.*cpu"),
     (train, "--data {files}/good.jsonl --device abacus", "abacus"),
     (train, "--tokenizer klingon --data {files}/good.jsonl", "klingon"),
     (train, "--data {files}/good.jsonl --steps 0", "steps.*0"),

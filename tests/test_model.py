@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from helpers import publish, published_config, published_weights, write_safetensors
 from model import GPT, GPTConfig, KVCache, from_published, linear, read_safetensors
@@ -215,6 +216,23 @@ def test_cached_forward_equals_uncached(config):
         mask = cache.mask(slot, torch.zeros_like(slot), 32)
         logits = model(torch.tensor([ids[begin:end]]), slot[None], mask, cache, slot)[0]
         assert (logits - whole[begin:end]).abs().max() <= 1e-10 * whole.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_in_parts_has_the_value_and_the_gradients_of_cross_entropy(tied):
+    """Where most tokens have no target and the parts differ in size, under a scale on the loss."""
+    model, idx = tiny(tied=tied).float().requires_grad_(True), torch.randint(0, 16, (2, 7))
+    position, pick = torch.arange(7).expand(2, 7), torch.tensor([1, 4, 8, 0, 13, 7, 2, 9, 5])
+    target = torch.tensor([3, -100, 0, 15, -100, 7, 7, -100, -100])
+    found = []
+    for loss in (model(idx, position, pick=pick, target=target),
+                 F.cross_entropy(model(idx, position, pick=pick), target, reduction="sum")):
+        model.zero_grad()
+        (loss / 3).backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert len(found[0]) == len(found[1]) and all(g.abs().sum() > 0 for g in found[0])
+    for ours, expected in zip(*found):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_pick_gives_the_logits_of_those_tokens_alone():

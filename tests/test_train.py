@@ -301,7 +301,7 @@ def test_held_out_loss_counts_the_plain_tokens_that_the_model_chooses():
     """
     special, ids = TOKENIZER.special, [random_ids(seed, blocks=seed % 3, branches=3, long=9) for seed in range(6)]
     logits = torch.randn(TOKENIZER.vocab_size, generator=torch.Generator().manual_seed(0))
-    net = lambda idx, position, mask, pick: logits.expand(len(pick), -1)
+    net = lambda *_, pick, target: F.cross_entropy(logits.expand(len(pick), -1), target, reduction="sum")
     tokens = [t for answer in ids for t in plain(answer)]
     expected = -logits.log_softmax(-1)[tokens].mean().item()
     for form in (lambda answer: answer, lambda answer: [plain(answer)]):
