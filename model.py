@@ -89,8 +89,9 @@ class Block(nn.Module):
         if kv is not None:
             kv[0][:, :, slot], kv[1][:, :, slot] = k, v
             k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
-            q = q.reshape(B, self.sizes[1], -1, hs)  # (1, nkv, nh/nkv T, hs): a group reads each key once
-        gqa = kv is None and self.sizes[0] != self.sizes[1]  # a bool also to torch.compile, to which sizes are symbols
+        if mask is not None:
+            q = q.reshape(B, self.sizes[1], -1, hs)  # (B, nkv, nh/nkv T, hs): a group reads each key once
+        gqa = mask is None and self.sizes[0] != self.sizes[1]  # a bool also to torch.compile, to which sizes are symbols
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
         x = x + linear(y.reshape(B, -1, T, hs).transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
@@ -137,7 +138,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None, target=None):
-        """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, nh, T, S); None = plain causal. cache,
+        """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, 1, T, S); None = plain causal. cache,
         slot (T,): write keys and values there, read as many slots as the mask is wide (B = 1, mask (T, S)). pick: flat
         indices of the tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V); with the
         picked tokens' target (len(pick),) their summed cross-entropy instead, which never holds all logits."""
@@ -146,10 +147,9 @@ class GPT(nn.Module):
         frequency = config.rope_theta ** -(torch.arange(0, config.head_size, 2, device=x.device) / config.head_size)
         angle = position[:, None, :, None] * frequency.repeat(2)  # (B, 1, T, hs), both halves of a head alike
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        if mask is not None:  # additive, once for all layers
+        if mask is not None:  # additive, once for all layers; the heads of a key group are folded into the queries
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-        if cache is not None:  # decoding folds the heads of a key group into the queries
-            mask = mask.repeat(config.n_head // config.n_kv_head, 1)  # (nh/nkv T, S)
+            mask = torch.cat([mask] * (config.n_head // config.n_kv_head), dim=-2)  # (..., nh/nkv T, S)
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
         x = x if pick is None else x.flatten(0, 1)[pick]
