@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aspd import is_block, layout, plain, stats, tokenize
+from aspd import IGNORE, Special, is_block, layout, plain, stats, tokenize
 from data import (cli, collate, corpus, extract, make_rows, make_tokenizer, micro_batches,
                   read_prompts, read_records, split_held_out, write_whole)
 from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Answer, Engine, forward_pass, generate, load
@@ -49,6 +49,7 @@ SHAPES = {  # published models, to be filled with random weights
                        n_inner=11008, head_size=128, tied=False),
 }
 WIDTHS = (1, 2, 4, 8, 16)
+PLACES = ("outside", "titles", "first branches", "later branches")
 FIGURES = {  # key in the JSON: heading and format in the tables, meaning
     "answers": ("n", "d", "answers"),
     "parallel": ("par.", ".0%", "share of answers with a block"),
@@ -265,13 +266,48 @@ def bench_prompts(args):
     return report(results, opens_blocks(results), ("fewer_steps",)), results
 
 
+@torch.no_grad()
+def loss_by_place(lm, records, block_size, tagged, dtype):
+    """
+    {place in the answer: [summed loss, plain tokens]}, the answers tagged or not, but cut into the same tokens. A title
+    counts where it is first written.
+    """
+    tokenizer, total = lm.tokenizer, {place: [0.0, 0] for place in PLACES}
+    special, device = tokenizer.special or Special(*[tokenizer.eos] * 7), torch.device(lm.device)
+    for r in tqdm(records, desc="by place", leave=False, disable=None):
+        ids = tokenize(extract(r["response"], r["prompt"])[0], tokenizer.encode)
+        prompt = tokenizer.prompt(r["prompt"])
+        row = layout(prompt, ids, special, lm.model.config.positions, lm.model.config.stride)
+        if max(row.position.max() + 1, len(row.token)) > block_size:
+            continue
+        places = []
+        for s in ids:
+            if is_block(s):
+                titles = [["titles"] * len(title) for title, _ in s]
+                rests = [["later branches" if i else "first branches"] * len(rest) for i, (_, rest) in enumerate(s)]
+                ordered = titles + rests if tagged else [part for pair in zip(titles, rests) for part in pair]
+                places += sum(ordered, [])
+            else:
+                places += ["outside"] * len(s)
+        row = row if tagged else layout(prompt, [plain(ids)], special)
+        idx, position, mask, pick, target = collate([row], lm.device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = lm.model(idx, position, mask, pick=pick)
+        losses = F.cross_entropy(logits.float(), target, reduction="none").tolist()
+        losses = [loss for loss, t in zip(losses, target.tolist()) if t not in (IGNORE, tokenizer.eos, *special)]
+        for place, loss in zip(places, losses, strict=True):
+            total[place][0] += loss
+            total[place][1] += 1
+    return total
+
+
 def bench_held_out(args):
     """Loss a plain token on the file's held-out answers: ASPD under its mask, its serial twin on the same, untagged."""
     if not args.baseline:
         raise ValueError("--held-out compares two models: add --baseline, the serial twin's folder")
     _, records = split_held_out(list(read_records(args.held_out)))
     settings = Namespace(device=args.device, dtype=args.dtype or "bfloat16", micro_tokens=4096, no_branch_mask=False)
-    losses, counts = {}, {}
+    losses, counts, by_place = {}, {}, {}
     for mode, path in (("aspd", args.ckpt), ("serial", args.baseline)):
         lm = load(path, args.device, "float32")
         if mode == "aspd" and not lm.tokenizer.special:
@@ -282,10 +318,20 @@ def bench_held_out(args):
         counts[mode] = [len(rows), sum(len(r.token) for r in rows)]
         not_text = [lm.tokenizer.eos, *(lm.tokenizer.special or ())]
         losses[mode] = float(held_out_loss(lm.model, rows, not_text, settings))
+        limit = min(args.block_size or lm.model.config.block_size, lm.model.config.block_size)
+        by_place[mode] = loss_by_place(lm, evenly(records, args.limit), limit, mode == "aspd", settings.dtype)
     table("held-out loss", ["side", "answers", "row tokens", "loss", "of serial"],
           [[mode, *counts[mode], loss, loss / losses["serial"]] for mode, loss in losses.items()],
           ["d", "d", ".4f", ".4f"])
-    return {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}, []
+    sums = {mode: sum(loss for loss, _ in places.values()) for mode, places in by_place.items()}
+    found = [{"place": place, "tokens": n, "aspd": loss / n, "serial": by_place["serial"][place][0] / n,
+              "of_serial": loss / by_place["serial"][place][0],
+              "share": (loss - by_place["serial"][place][0]) / (sums["aspd"] - sums["serial"] or 1)}
+             for place, (loss, n) in by_place["aspd"].items() if n]
+    table("by place, the answers cut into the same tokens on both sides",
+          ["place", "tokens", "aspd", "serial", "of serial", "of the difference"], [list(row.values()) for row in found],
+          ["d", ".4f", ".4f", ".4f", ".0%"])
+    return {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}, found
 
 
 def bench_transformers(args):

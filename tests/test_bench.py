@@ -117,3 +117,10 @@ def test_held_out_loss_of_both_sides(tmp_path, capsys):
     assert out["summary"]["answers"] > 0 and all(4 < losses[side] < 8 for side in ("aspd", "serial"))
     assert losses["aspd"] != losses["serial"]
     assert out["summary"]["of_serial"] == pytest.approx(losses["aspd"] / losses["serial"])
+    places = {row["place"]: row for row in out["results"]}
+    assert list(places) == ["outside", "titles", "first branches", "later branches"]
+    assert places["later branches"]["tokens"] > places["first branches"]["tokens"] > 0
+    of_all = lambda side: (sum(row[side] * row["tokens"] for row in places.values())
+                           / sum(row["tokens"] for row in places.values()))
+    assert of_all("aspd") == pytest.approx(losses["aspd"], rel=2e-3), "the same tokens, one answer at a time"
+    assert sum(row["share"] for row in places.values()) == pytest.approx(1)
