@@ -117,13 +117,15 @@ GROUP_OVER = 10    # a longer list may put neighbours into one branch
 MIN_SAVED = 6      # words; a smaller gain is not worth its tags
 LABEL_WORDS = 3    # a longer label is cut to the fewest words that tell its part apart
 # structure: what opens a part, and its rank (the smaller, the further out; a list item adds its indentation)
-LEVELS = [(level, rank, re.compile(pattern)) for level, rank, pattern in [  # group 1: siblings open alike
+LEVELS = [(level, rank, re.compile(pattern, re.M)) for level, rank, pattern in [  # group 1: siblings open alike
     ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank: how many
+    ("underlined", 1, r"(?=.*\n([-=])\1{2,}\s*$)[^\s|]"),
     ("bold line", 7, r"(\*\*|__)[^\s*_][^*_\n]{0,100}(?:\*\*|__)[:：]?\s*$"),
     ("number", 10, r"((?:\*\*)?[(（]?)(\d{1,3}|[ivx]{1,5}|[IVX]{1,5}|[^\W\d_])(?:[.)）．](?=\s|\*\*|[一-鿿])|、)"),
     ("bullet", 10, r"([-*+•‣◦▪●–])[ \t]+\S"),
+    ("numbered label", 8, r"((?:\*\*|__)?[A-Z][a-z]+ )\d{1,2}(?:\*\*|__)?(?::| [-–] |\s*$)"),  # Day 1, Review 2
     ("label", 8, r"((?:\*\*|__)?)(?!(?:Here|Note|Subject|Dear|Sure|This|And|Now|So|To|You|I)\b)[^\W\d_a-z]"
-     r"[^\s:.!?]{0,30}(?: [^\s:.!?]{1,30}){0,4}(?::(?=\s|\*|$)|：)"),  # a name, not a sentence: five words at most
+     r"[^\s:.!?]{0,30}(?: [^\s:.!?,]{1,30}){0,7}(?::(?=\s|\*|$)|：)"),  # a name, not a sentence: eight words at most
     ("ordinal", 9, r"()(?:(?:First|Second|Third)(?:ly)?,|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
 ]]
 OPAQUE = re.compile(r"[ \t]*(?:(```|~~~)|\|)")  # code and tables are never cut
@@ -140,12 +142,12 @@ def bare(text):
 def read_marks(lines):
     """(kind, rank, number) of each line: kind is a tuple if it opens a part, else "text", "opaque" or "" (blank)."""
     marks, fenced = [], False
-    for line in lines:
+    for line, below in zip(lines, [*lines[1:], ""]):
         fence, depth = OPAQUE.match(line), len(line) - len(line.lstrip())
         fenced ^= bool(fence and fence[1])
-        kind, rank, number = "text" if line.strip("-*_ \t\r\n") else "", 10 + depth, 0
+        kind, rank, number = "text" if line.strip("-=*_ \t\r\n") else "", 10 + depth, 0
         for level, outer, pattern in LEVELS if kind and not fence and not fenced and depth < 13 else ():
-            if (outer > 9 or depth < 2) and (m := pattern.match(line, depth)):
+            if (outer > 9 or depth < 2) and (m := pattern.match(line + below, depth)):
                 mark = m[2] if level == "number" else ""  # 3, B or iv
                 number, style = (int(mark), 1) if mark.isdecimal() else (0, mark.strip("ivxIVX") and mark.isupper())
                 kind, rank = (level, m[1], style, depth), (outer or len(m[1])) + depth * (outer > 9)
@@ -186,11 +188,12 @@ def find_runs(lines, marks):
                 if not over or run.rank < 9:
                     break
                 stack.pop()
-    apart = lambda run: run.rank != 8 or not any(marks[i - 1][0] for i in run.parts[1:])  # else fields of one thing
+    apart = lambda run: run.kind[0] != "label" or not any(marks[i - 1][0] for i in run.parts[1:])  # else fields of one
     return [run for run in runs if len(run.parts) > 1 and apart(run)]
 
-def name_parts(parts):
-    """A title for each part: its label if that is short, else the fewest words that no sibling starts with."""
+def name_parts(parts, listed):
+    """A title for each part: its label if that is short and, in a list, its own, else the fewest words that no sibling
+    starts with."""
     heads, titles = [], []
     for part in parts:  # the first line up to each of its first words; something of the part stays after its title
         line = part[:300].split("\n")[0].rstrip()
@@ -200,16 +203,16 @@ def name_parts(parts):
     for openings in heads:
         label = [opening for opening in openings if not LABEL_END.search(bare(opening))]
         unique = [opening for opening in openings if count[bare(opening).lower()] == 1 and len(bare(opening)) > 4]
-        titles.append(label[-1] if 0 < len(label) <= LABEL_WORDS else [*unique, openings[-1]][0])
+        named = 0 < len(label) <= LABEL_WORDS and not (listed and count[bare(label[-1]).lower()] > 1)
+        titles.append(label[-1] if named else [*unique, openings[-1]][0])
     return titles
 
 # validation: a branch may rely on the question, the text before its block and all titles, not on a sibling's body
 NAME = re.compile(r"[^\W_](?:[\w.,'-]*\w)?")
 NOUN = r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?=[^\w '-]| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that)\b)"
 SAYS = [  # reason, what a part of the block says after its marker: it goes on from, or works on, what a sibling says
-    ("works on what its siblings say", rf"(?i)\A(?:{WORKS_ON})"),  # a list item; a heading has ended its run
     ("is a song or a play", r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
-     r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))"),
+     r"|\APanel \d|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))"),
     ("solves an equation", r"(?m)^[ \t]*[\dxyz()][\dxyz ()+*/^.-]*=[\dxyz ()+*/^.-]*$|\A(?:Solve for|Substit)"),
     ("steps of one recipe", r"\A[^\n]{0,400}(?:\b[Tt]he (?:\w+ )?mixture\b|\b[Pp]reheat|\bset (?:\w+ )?aside\b)"),
     ("opens by going on", r"\A(?:However|Thus|As a result|Then|Meanwhile|Now|(?:Next|Also)(?=,)|If (?:yes|no|so))\b"),
@@ -218,12 +221,15 @@ SAYS = [  # reason, what a part of the block says after its marker: it goes on f
      r"|\bthe (?:\w+ )?above\b|上述|如上"),
 ]
 PRONOUN = re.compile(r'[^\w"“]{0,9}(?:\w{1,3}[.)])?[^\w"“]{0,9}(?:They|These|Those|This|She|He|It) [a-z]')
-STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|it works|how (?:you|to))\b|步骤).*\s*\Z")
+STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|approach|it works|how (?:you|to))\b|步骤)"
+                   r".*\s*\Z")
 BRINGS = [  # reason, what a part brings in, how a later one takes it up, how often, title of the parts
     ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)(?!\S* *[-+*/])", r"\d[\d,.]*\d", 1, ""),
     ("uses a name of a sibling", r"(?m)^[ \t]*(?:(?:[a-z.-]+ ){0,3}(?:class|function|const|def|struct|startproject"
      r"|startapp|mkdir) |(?=\w+ *(?:=[^=]|\()))(\w{2,})", r"\w{2,}", 1, ""),
-    ("uses a name of a sibling", *[r"\b[a-z]{2,}(?:\w*_\w+|[A-Z][a-z]\w*)|(?<=[\"'#/])[a-z]\w*(?:-\w+)+"] * 2, 1, ""),
+    ("uses a name of a sibling", *[r"\b[a-z]{2,}(?:\w*_\w+|[A-Z][a-z]\w*)|(?:[A-Z][a-z]+){3}\w*"
+     r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z][\w ]{3,30}(?=[\"'])"] * 2, 1, ""),
+    ("uses a name of a sibling", r"\A\W*Name: ([A-Z]\w+)", r"\b[A-Z]\w+", 1, ""),
     ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 2, ""),
     ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4,
      r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"),
@@ -234,6 +240,8 @@ def dependence(parts, titles, text, start, said):
     if len({bare(title).strip(" *:_").lower() for title in titles}) < len(titles):
         yield "titles are not distinct"
     bodies = [bare(part) for part in parts]
+    if re.match(WORKS_ON, bodies[-1], re.I):  # a list item; a heading has ended its run
+        yield "works on what its siblings say"
     yield from (reason for reason, pattern in SAYS if any(re.search(pattern, body) for body in bodies))
     if any(map(PRONOUN.match, parts)) and not PRONOUN.match(parts[0]):  # else it stands for what the lead is about
         yield "opens with a pronoun for a sibling"
@@ -274,7 +282,7 @@ def extract(text, prompt=""):
         if at[0] < done:
             continue
         parts = [text[start:end] for start, end in zip(at, at[1:])]
-        titles = name_parts(parts)
+        titles = name_parts(parts, run.rank > 9)
         size = group(parts, titles)
         reason = next(dependence(parts, titles, text, at[0], said), "") if size else "saves no steps"
         if reason:

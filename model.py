@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from aspd import IGNORE, check
 
@@ -40,6 +41,11 @@ def check_device(device):
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as e:  # the first where torch was built without CUDA
         raise ValueError(f"device {device!r}: {e}") from None
+
+def fast_dtype(device):
+    """"bfloat16" on a GPU and on CPUs with AVX-512, else "float32": others are a hundred times slower in bfloat16."""
+    slow = torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return "float32" if slow else "bfloat16"
 
 class KVCache:
     """Keys and values of one answer. One slot more than asked for takes what padding queries write."""
@@ -91,32 +97,17 @@ class Block(nn.Module):
             k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
         if mask is not None:
             q = q.reshape(B, self.sizes[1], -1, hs)  # (B, nkv, nh/nkv T, hs): a group reads each key once
-        gqa = mask is None and self.sizes[0] != self.sizes[1]  # a bool also to torch.compile, to which sizes are symbols
+        gqa = mask is None and self.sizes[0] != self.sizes[1]  # a bool also to torch.compile, where sizes are symbols
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
         x = x + linear(y.reshape(B, -1, T, hs).transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
         return x + linear(F.silu(gate) * up, self.mlp.c_proj)
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """A linear layer and summed cross-entropy in one: x (N, C), weight (V, C), target (N,) ids or IGNORE. Finds the
-    gradients on the way, a quarter of the tokens at a time: the logits of all would take most of the memory."""
-    @staticmethod
-    def forward(ctx, x, weight, target):
-        w, known = weight.to(x.dtype), (target != IGNORE)[:, None]
-        loss, dx, dw = 0, [], torch.zeros_like(weight)
-        for part, t in zip((x * known).chunk(4), target.chunk(4)):
-            logp = (part @ w.t()).float().log_softmax(-1)
-            loss = loss + F.nll_loss(logp, t, ignore_index=IGNORE, reduction="sum")
-            logp.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1  # is the gradient now, in place
-            dlogits = logp.to(w.dtype)
-            dx.append(dlogits @ w)
-            dw += dlogits.t() @ part
-        ctx.save_for_backward(torch.cat(dx) * known, dw)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(grad * d for d in ctx.saved_tensors), None
+def head_loss(x, head, target):
+    """Summed cross-entropy behind the head: x (N, C), target (N,) ids or IGNORE. A quarter of the tokens at a time,
+    whose logits are computed again for their gradients: those of all would take most of the memory."""
+    loss = lambda x, t: F.cross_entropy(linear(x, head).float(), t, ignore_index=IGNORE, reduction="sum")
+    return sum(checkpoint(loss, *part, use_reentrant=False) for part in zip(x.chunk(4), target.chunk(4)))
 
 class GPT(nn.Module):
     """Embedding, layers, norm and head; see forward for the shapes."""
@@ -154,7 +145,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
         x = x if pick is None else x.flatten(0, 1)[pick]
         x, head = self.ln_f(x), self.lm_head or self.wte
-        return linear(x, head) if target is None else LinearCrossEntropy.apply(x.to(dtype), head.weight, target)
+        return linear(x, head) if target is None else head_loss(x, head, target)
 
     @torch.no_grad()
     def grow(self, vocab_size, new):

@@ -20,7 +20,10 @@ from tqdm import tqdm
 from aspd import IGNORE, POSITIONS, check, summary
 from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer, micro_batches,
                   published_tokenizer, read_records, split_held_out)
-from model import GPT, GPTConfig, check_device, from_checkpoint, from_published, read_checkpoint, save_checkpoint
+from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published, read_checkpoint,
+                   save_checkpoint)
+
+FAST = 10  # how much further than the other weights the rows of new tokens go a step
 
 def parse_args():
     """(args, the dict of the checkpoint to go on from or None). ValueError naming a setting that cannot be."""
@@ -45,12 +48,13 @@ def parse_args():
     add("--lr", type=float, help="highest learning rate; none: 1e-3 from scratch, 1e-4 otherwise")
     add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast; the weights stay float32")
+    add("--dtype", choices=("float32", "bfloat16"), help="autocast; none: bfloat16 where the machine is fast in it")
     add("--compile", action="store_true", help="torch.compile the model (GPU only)")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from out-dir's checkpoint, as Ctrl-C leaves one")
     args = p.parse_args()
     check_device(args.device)
+    args.dtype = args.dtype or fast_dtype(args.device)
     check(not args.compile or args.device != "cpu", "--compile: torch fails to compile this training on cpu")
     for name, value in vars(args).items():
         fits = type(value) not in (int, float) or value > 0 or (name == "seed" and value == 0)
@@ -65,7 +69,7 @@ def parse_args():
     return args, state
 
 def prepare(args, state):
-    """(model, tokenizer, records, rows, held-out rows): from a checkpoint's dict, a published folder or scratch."""
+    """(model, tokenizer, rows, held-out rows): from a checkpoint's dict, a published folder or scratch."""
     train, val = split_held_out(list(read_records(args.data))) if args.data else (corpus(), corpus(200, split="val"))
     torch.manual_seed(args.seed)
     if state:
@@ -90,13 +94,22 @@ def prepare(args, state):
     print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
           f"{s['PPD']:.0%} have parallel parts, ideal speedup {s['speedup']:.2f}x\n"
           f"{model.num_params() / 1e6:.2f}M parameters, {args.steps} steps of {args.batch_size} answers", flush=True)
-    return model, tokenizer, train, rows, val_rows
+    return model, tokenizer, rows, val_rows
 
-def make_optimizer(model, lr):
-    """AdamW; only matrices decay."""
+def make_optimizer(model, lr, new=()):
+    """AdamW; only matrices decay. new: ids that a trained model has not met, the tags. Their rows in embedding and
+    head go FAST times as far: they start at the mean of all tokens, a long way from where they are of use."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
                "weight_decay": 0.1 * matrix} for matrix in (True, False)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    tables, before = [m.weight.data for m in (model.wte, model.lm_head) if m], []
+    def leap(*_):
+        for table in tables:
+            table[new] += (FAST - 1) * (table[new] - before.pop(0))
+    if new:
+        optimizer.register_step_pre_hook(lambda *_: before.extend(table[new] for table in tables))
+        optimizer.register_step_post_hook(leap)
+    return optimizer
 
 def summed_loss(model, rows, args):
     """The loss of a micro-batch, summed over its targets: under the branch mask, in autocast."""
@@ -129,22 +142,6 @@ def held_out_loss(model, rows, not_text, args):
     total = sum(summed_loss(model, group, args).item() for group in micro_batches(rows, args.micro_tokens))
     return total / sum((r.target != IGNORE).sum() for r in rows)
 
-def report(args, model, tokenizer, optimizer, records, val_rows):
-    """Prints the held-out loss, and what a step on tagged answers costs against the same answers untagged."""
-    args.no_branch_mask = False  # decoding always has the mask
-    value = held_out_loss(model, val_rows, [tokenizer.eos, *(tokenizer.special or ())], args)
-    print(f"held-out loss {value:.4f} a plain token, over {len(val_rows)} answers", flush=True)
-    if args.mode == "aspd":
-        seconds = {"aspd": [], "serial": []}
-        rows = {mode: make_rows(records[:999], tokenizer, model.config, mode, args.block_size)[0] for mode in seconds}
-        tokens = {mode: sum(len(r.token) for r in rows[mode]) for mode in seconds}
-        for mode in [*seconds] * 4:  # real steps: the checkpoint is written, these weights have no other use
-            began = time.perf_counter()
-            train_step(model, rows[mode][:args.batch_size], optimizer, args)
-            seconds[mode].append(time.perf_counter() - began)
-        print(f"against serial training on the same answers: {tokens['aspd'] / tokens['serial'] - 1:+.1%} tokens, "
-              f"{min(seconds['aspd']) / min(seconds['serial']) - 1:+.1%} time a step")
-
 def main():
     """The command line: the training loop."""
     args, state = parse_args()
@@ -154,8 +151,9 @@ def main():
         if args.device == "cuda":  # without a number: each process its own GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    model, tokenizer, records, rows, val_rows = prepare(args, state)
-    optimizer = make_optimizer(model.to(args.device), args.lr)
+    model, tokenizer, rows, val_rows = prepare(args, state)
+    new = list(tokenizer.special[:6]) if args.init_from and tokenizer.special else []
+    optimizer = make_optimizer(model.to(args.device), args.lr, new)
     if state:
         optimizer.load_state_dict(state["optimizer"])
     net = torch.compile(model, dynamic=True) if args.compile else model
@@ -189,7 +187,9 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and not stop:
-        report(args, model, tokenizer, optimizer, records, val_rows)
+        args.no_branch_mask = False  # decoding always has the mask
+        value = held_out_loss(model, val_rows, [tokenizer.eos, *(tokenizer.special or ())], args)
+        print(f"held-out loss {value:.4f} a plain token, over {len(val_rows)} answers")
 
 if __name__ == "__main__":
     cli(main)

@@ -35,7 +35,7 @@ from aspd import IGNORE, Special, is_block, layout, plain, stats, tokenize
 from data import (cli, collate, corpus, extract, make_rows, make_tokenizer, micro_batches,
                   read_prompts, read_records, split_held_out, write_whole)
 from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Answer, Engine, forward_pass, generate, load
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, fast_dtype
 from train import held_out_loss, make_optimizer, train_step
 
 SHAPES = {  # published models, to be filled with random weights
@@ -306,7 +306,8 @@ def bench_held_out(args):
     if not args.baseline:
         raise ValueError("--held-out compares two models: add --baseline, the serial twin's folder")
     _, records = split_held_out(list(read_records(args.held_out)))
-    settings = Namespace(device=args.device, dtype=args.dtype or "bfloat16", micro_tokens=4096, no_branch_mask=False)
+    dtype = args.dtype or fast_dtype(args.device)
+    settings = Namespace(device=args.device, dtype=dtype, micro_tokens=4096, no_branch_mask=False)
     losses, counts, by_place = {}, {}, {}
     for mode, path in (("aspd", args.ckpt), ("serial", args.baseline)):
         lm = load(path, args.device, "float32")
@@ -319,7 +320,7 @@ def bench_held_out(args):
         not_text = [lm.tokenizer.eos, *(lm.tokenizer.special or ())]
         losses[mode] = float(held_out_loss(lm.model, rows, not_text, settings))
         limit = min(args.block_size or lm.model.config.block_size, lm.model.config.block_size)
-        by_place[mode] = loss_by_place(lm, evenly(records, args.limit), limit, mode == "aspd", settings.dtype)
+        by_place[mode] = loss_by_place(lm, evenly(records, args.limit), limit, mode == "aspd", dtype)
     table("held-out loss", ["side", "answers", "row tokens", "loss", "of serial"],
           [[mode, *counts[mode], loss, loss / losses["serial"]] for mode, loss in losses.items()],
           ["d", "d", ".4f", ".4f"])
@@ -329,9 +330,10 @@ def bench_held_out(args):
               "share": (loss - by_place["serial"][place][0]) / (sums["aspd"] - sums["serial"] or 1)}
              for place, (loss, n) in by_place["aspd"].items() if n]
     table("by place, the answers cut into the same tokens on both sides",
-          ["place", "tokens", "aspd", "serial", "of serial", "of the difference"], [list(row.values()) for row in found],
-          ["d", ".4f", ".4f", ".4f", ".0%"])
-    return {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}, found
+          ["place", "tokens", "aspd", "serial", "of serial", "of the difference"],
+          [list(row.values()) for row in found], ["d", ".4f", ".4f", ".4f", ".0%"])
+    summary = {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}
+    return summary, found
 
 
 def bench_transformers(args):
@@ -518,14 +520,17 @@ def bench_step(args, lm=None):
 
 def bench_train(args, lm=None):
     """
-    Our training step on tagged rows and on plain causal rows of the same tokens, against a bare loop: the same model,
-    tokens and optimizer, but batches made ready before, no mask, no clipping. All three train the same weights.
+    Our training step on tagged rows, on plain causal rows of the same tokens, and on the same answers untagged, against
+    a bare loop: the same model, tokens and optimizer, but batches made ready before, no mask, no clipping. All train
+    the same weights.
     """
-    records, dtype, size = list(read_records(args.data)) if args.data else corpus(500), args.dtype or "bfloat16", 8192
+    records, size = list(read_records(args.data)) if args.data else corpus(500), 8192
+    dtype = args.dtype or fast_dtype(args.device)
     lm = lm or get_lm(Namespace(**vars(args) | {"compile": False}), (r["response"] for r in records), "float32")
     model, B = lm.model.float().train().requires_grad_(True), args.batch_size
-    rows = evenly(make_rows(records, lm.tokenizer, model.config, "aspd", args.block_size)[0], args.batches * B)
-    batches = [rows[n:n + B] for n in range(0, len(rows), B)]
+    make = lambda mode: make_rows(records, lm.tokenizer, model.config, mode, args.block_size)[0]
+    tagged, untagged = (evenly(make(mode), args.batches * B) for mode in ("aspd", "serial"))
+    batches, plain_batches = ([rows[n:n + B] for n in range(0, len(rows), B)] for rows in (tagged, untagged))
     serial = [[r._replace(block=0 * r.block, branch=0 * r.branch, position=np.arange(len(r.token))) for r in batch]
               for batch in batches]
     ready = [[collate(group, args.device) for group in micro_batches(batch, size)] for batch in serial]
@@ -542,25 +547,31 @@ def bench_train(args, lm=None):
         optimizer.zero_grad()
 
     step = lambda batch: train_step(net, batch, optimizer, settings)
-    sides = {"aspd": (step, batches), "serial": (step, serial), "bare": (bare, ready)}
+    sides = {"aspd": (step, batches), "serial": (step, serial), "bare": (bare, ready),
+             "untagged": (step, plain_batches)}
     times, peaks = {name: [[] for _ in batches] for name in sides}, []
     for k in tqdm(range(1 + args.repeats), desc="rounds", leave=False, disable=None):  # the first warms up
         for n in range(len(batches)):
-            for name in [*sides, *sides][(n + k) % 3:][:3]:
+            for name in [*sides, *sides][(n + k) % len(sides):][:len(sides)]:
                 run, made = sides[name]
                 began = clock(args.device)
                 run(made[n])
                 times[name][n].append(clock(args.device) - began)
         peaks.append(memory(args.device))
     seconds = {name: sum(float(np.median(t[1:])) for t in ts) for name, ts in times.items()}
-    tokens = sum(len(r.token) for r in rows)
-    table(f"training on {len(batches)} batches of {B} answers, {tokens} tokens", ["side", "tokens/s", "of bare"],
-          [[name, tokens / s, seconds["bare"] / s] for name, s in seconds.items()], [",.0f", ".3f"])
-    print(f"an ASPD step takes {seconds['aspd'] / seconds['serial']:.3f} of a serial step's time at the same tokens\n"
-          f"peak memory {peaks[0]:.2f} GB after the first round, {peaks[-1]:.2f} GB after the last")
-    return {"tokens_s": {name: tokens / s for name, s in seconds.items()}, "of_bare": seconds["bare"] / seconds["aspd"],
-            "aspd_step": seconds["aspd"] / seconds["serial"], "memory_gb": peaks[-1], "memory_first_gb": peaks[0]}, \
-        [{"side": name, "batch": n, "seconds": t[1:]} for name, ts in times.items() for n, t in enumerate(ts)]
+    tokens = dict.fromkeys(sides, sum(len(r.token) for r in tagged))
+    tokens["untagged"] = sum(len(r.token) for r in untagged)
+    pace = {name: tokens[name] / s for name, s in seconds.items()}
+    summary = {"tokens_s": pace, "of_bare": pace["aspd"] / pace["bare"], "memory_first_gb": peaks[0],
+               "aspd_step": pace["serial"] / pace["aspd"], "memory_gb": peaks[-1],
+               "extra_tokens": tokens["aspd"] / tokens["untagged"] - 1,
+               "extra_time": seconds["aspd"] / seconds["untagged"] - 1}
+    table(f"training on {len(batches)} batches of {B} answers, {tokens['aspd']} tokens",
+          ["side", "tokens/s", "of bare"], [[name, p, p / pace["bare"]] for name, p in pace.items()], [",.0f", ".3f"])
+    print("an ASPD step takes {aspd_step:.3f} of a serial step's time at the same tokens\n"
+          "against the same answers untagged: {extra_tokens:+.1%} tokens, {extra_time:+.1%} time a step\n"
+          "peak memory {memory_first_gb:.2f} GB after the first round, {memory_gb:.2f} after all".format(**summary))
+    return summary, [{"side": name, "batch": n, "seconds": t[1:]} for name in sides for n, t in enumerate(times[name])]
 
 
 def all_gpu(args):
@@ -617,7 +628,8 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="sample from the best tokens that reach p (%(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), help="default: float32; on CUDA and in --train bfloat16")
+    add("--dtype", choices=("float32", "bfloat16", "float64"),
+        help="default: float32, on CUDA bfloat16; in --train and --held-out as in train.py")
     add("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     add("--json", metavar="FILE", help="also write the figures here")
     args = p.parse_args(argv)

@@ -104,7 +104,8 @@ def test_steps_and_training(tmp_path, capsys):
     assert out["summary"]["step_ratio"]["1"] == 1 and set(out["summary"]["step_ms"]) == set(map(str, bench.WIDTHS))
     assert [r["context"] for r in out["results"]] == [32, 64]
     out = run(tmp_path, capsys, "--train", "--shape", "tiny", "--repeats", 1, "--batches", 2, "--batch-size", 2)
-    assert set(out["summary"]["tokens_s"]) == {"aspd", "serial", "bare"}
+    assert set(out["summary"]["tokens_s"]) == {"aspd", "serial", "bare", "untagged"}
+    assert 0 < out["summary"]["extra_tokens"] < 1
     assert {r["batch"] for r in out["results"]} == {0, 1} and all(r["seconds"][0] > 0 for r in out["results"])
 
 

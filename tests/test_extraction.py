@@ -67,6 +67,7 @@ STRUCTURES = {  # answer, the first words of every branch
         [["## Body", "## Mind", "## Food"]]),
     "a title above the sections is not one of them": (
         f"# Healthy days\n\n# Body\n\n{WALK}.\n\n# Mind\n\n{REST}.\n", [["# Body", "# Mind"]]),
+    "underlined headings": (f"Body\n----\n\n{WALK}.\n\nMind\n----\n\n{REST}.\n", [["Body\n--", "Mind\n--"]]),
     "bold lines": (f"**Body**\n\n{WALK}.\n\n**Mind**\n\n{REST}.\n", [["**Body", "**Mind"]]),
     "label lines": (f"Body:\n{WALK}.\n\nMind:\n{REST}.\n", [["Body:", "Mind:"]]),
     "labelled paragraphs": (f"Body: {WALK}.\n\nMind: {REST}.\n\nFood: {FOOD}.", [["Body:", "Mind:", "Food:"]]),
@@ -87,6 +88,10 @@ STRUCTURES = {  # answer, the first words of every branch
                 [["一、早睡", "二、运动"]]),
     "Chinese labels": ("早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n\n运动：每天早上散步三十分钟，风雨无阻，坚持一年。\n",
                        [["早睡", "运动"]]),
+    "numbered labels hold labels": (
+        f"Review 1:\nTitle: Calm\n\n{WALK}.\n\nSlowly.\n\nReview 2:\nTitle: Busy\n\n{REST}.\n\nDaily.\n",
+        [["Review 1:", "Review 2:"]]),
+    "days": (f"Day 1: Oslo\n- {WALK}\n- eat\nDay 2: Rome\n- {REST}\n- drink\n", [["Day 1", "Day 2"]]),
     "letters keep their greeting": (
         f"Subject: Offer\n\nDear Ms Ray,\n\nWe offer:\n\n- Walks: {WALK}.\n- Meals: {FOOD}.\n\nYours,\nAnn",
         [["- Walks", "- Meals"]]),
@@ -147,7 +152,9 @@ REFUSED = {  # reason: answers
         f"Q: Why walk?\n\nA: Because {WALK}.\n\nQ: Why rest?\n\nA: Because {REST}.\n"],
     "works on what its siblings say": [
         f"1. Cats: {WALK}.\n2. Dogs: {REST}.\n3. Overall, both are fine pets, and the choice is yours to make.\n"],
-    "is a song or a play": [UNTOUCHED["lyrics"], UNTOUCHED["stage directions"]],
+    "is a song or a play": [
+        UNTOUCHED["lyrics"], UNTOUCHED["stage directions"],
+        f"Panel 1: A fox has to {WALK}.\n\nPanel 2: It now wants to {REST}.\n"],
     "solves an equation": [
         "1. Move the constant, since only the unknown should stay on the left side:\n3x = 12 - 3\n"
         "2. Divide, since a single unknown is what the question asks us to find here:\nx = 3\n"],
@@ -182,8 +189,8 @@ REFUSED = {  # reason: answers
     "goes on with a sibling's story": [
         f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
         f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n",
-        f"Panel 1:\nWe see how Marta, Pedro, Lucia and Bruno {WALK}.\n\n"
-        f"Panel 2:\nAs Marta and Pedro look on, Lucia and Bruno {REST}.\n"],
+        f"Page 1:\nWe see how Marta, Pedro, Lucia and Bruno {WALK}.\n\n"
+        f"Page 2:\nAs Marta and Pedro look on, Lucia and Bruno {REST}.\n"],
     "saves no steps": ["1. Ash\n2. Elm\n3. Oak\n", "- Yes, of course.\n- No.\n"],
 }
 CASES = [(reason, answer) for reason, answers in REFUSED.items() for answer in answers]
@@ -199,6 +206,7 @@ ALLOWED = {  # what a branch may rely on: nearly the same answers as some that a
     "a value in the question": (f"1. Floor: the room has 4 x 6 = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n"),
     "what a title says": f"1. `shop.py`: add a file called `shop.py` and {WALK}.\n2. Test: run `shop.py` and {REST}.\n",
+    "an item about results among others": f"1. Goal: {WALK}.\n2. Results: {REST}.\n3. Cost: {FOOD}.\n",
     "named steps": f"Follow these steps:\n\n1. Unpack: open the box and {WALK}\n2. Lift: take the lid off and {REST}\n",
     "dishes, each a recipe of its own": (f"1. Soup: simmer leeks for an hour, then {WALK}.\n"
         f"2. Stew: stir beans in a saucepan, then {REST}.\n"),
@@ -234,6 +242,8 @@ TITLES = {  # items, their titles
                                        ["- **Sleep well", "- **Move"]),
     "up to the dash": (["* Oslo - a port", "* Rome - a capital"], ["* Oslo", "* Rome"]),
     "fewest words that tell apart": (["1. Buy green apples", "2. Buy red cherries"], ["1. Buy green", "2. Buy red"]),
+    "past a label that all items have": (["1. Need: sleep at night", "2. Need: a walk outside"],
+                                         ["1. Need: sleep", "2. Need: a"]),
     "a long label is cut": (["1. Sleeping in a cold room: good", "2. Moving in the open air: good"],
                             ["1. Sleeping", "2. Moving"]),
 }

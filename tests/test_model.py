@@ -192,7 +192,7 @@ def test_grow_starts_new_rows_at_the_mean_and_keeps_the_others(tied):
         assert torch.equal(weight[:38], before[n][:38])
         assert torch.allclose(weight[38:44], before[n][:38].mean(0).expand(6, -1), atol=1e-7)
     after = forward(model, PROMPT)
-    assert torch.equal(after[:, :38], logits[:, :38])
+    assert torch.allclose(after[:, :38], logits[:, :38], rtol=0, atol=1e-12), "up to the order of summation"
     assert torch.allclose(after[:, 38:44], logits[:, :38].mean(-1, keepdim=True), atol=1e-6), "the head has grown alike"
     model.grow(10, [3])
     assert model.config.vocab_size == 64, "a larger model is not shrunk"

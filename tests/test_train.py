@@ -294,6 +294,33 @@ def test_update_that_is_not_finite_is_not_made(monkeypatch):
     assert_same(dict(net.state_dict()), before)
 
 
+def test_rows_of_new_tokens_go_further_and_the_others_as_far():
+    """One step from the same weights and gradients, with and without new tokens."""
+    moved = []
+    for new in ([], [5, 7]):
+        torch.manual_seed(0)
+        net = tiny_model(tied=False)
+        optimizer, before = train.make_optimizer(net, 1e-3, new), [p.detach().clone() for p in net.parameters()]
+        for _ in range(2):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved.append({name: (p - b).detach() for (name, p), b in zip(net.named_parameters(), before)})
+    for name, usual in moved[0].items():
+        rate = torch.ones(len(usual))
+        if name in ("wte.weight", "lm_head.weight"):
+            rate[[5, 7]] = train.FAST
+        expected = usual * rate.view(-1, *[1] * (usual.dim() - 1))
+        assert torch.allclose(moved[1][name], expected, rtol=1e-2), name  # weight decay follows the weights
+
+
+@pytest.mark.parametrize("capability,dtype", [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")])
+def test_autocast_is_chosen_where_the_cpu_is_fast_in_it(monkeypatch, capability, dtype):
+    """A CPU without bfloat16 products once took hours for the minutes of `python train.py`."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert model.fast_dtype("cpu") == dtype and model.fast_dtype("cuda:1") == "bfloat16"
+
+
 def test_held_out_loss_counts_the_plain_tokens_that_the_model_chooses():
     """
     Each once, a title where it is first written; no tags, no end-of-text. So a model that gives every token a fixed
