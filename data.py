@@ -221,14 +221,14 @@ SAYS = [  # reason, what a part of the block says after its marker: it goes on f
      r"|\bthe (?:\w+ )?above\b|上述|如上"),
 ]
 PRONOUN = re.compile(r'[^\w"“]{0,9}(?:\w{1,3}[.)])?[^\w"“]{0,9}(?:They|These|Those|This|She|He|It) [a-z]')
-STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|approach|it works|how (?:you|to))\b|步骤)"
-                   r".*\s*\Z")
+STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|approach|it works|how (?:you|to))\b"
+                   r"|步骤).*\s*\Z")
 BRINGS = [  # reason, what a part brings in, how a later one takes it up, how often, title of the parts
     ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)(?!\S* *[-+*/])", r"\d[\d,.]*\d", 1, ""),
     ("uses a name of a sibling", r"(?m)^[ \t]*(?:(?:[a-z.-]+ ){0,3}(?:class|function|const|def|struct|startproject"
      r"|startapp|mkdir) |(?=\w+ *(?:=[^=]|\()))(\w{2,})", r"\w{2,}", 1, ""),
     ("uses a name of a sibling", *[r"\b[a-z]{2,}(?:\w*_\w+|[A-Z][a-z]\w*)|(?:[A-Z][a-z]+){3}\w*"
-     r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z][\w ]{3,30}(?=[\"'])"] * 2, 1, ""),
+     r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])"] * 2, 1, ""),
     ("uses a name of a sibling", r"\A\W*Name: ([A-Z]\w+)", r"\b[A-Z]\w+", 1, ""),
     ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 2, ""),
     ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4,

@@ -70,6 +70,9 @@ STRUCTURES = {  # answer, the first words of every branch
     "underlined headings": (f"Body\n----\n\n{WALK}.\n\nMind\n----\n\n{REST}.\n", [["Body\n--", "Mind\n--"]]),
     "bold lines": (f"**Body**\n\n{WALK}.\n\n**Mind**\n\n{REST}.\n", [["**Body", "**Mind"]]),
     "label lines": (f"Body:\n{WALK}.\n\nMind:\n{REST}.\n", [["Body:", "Mind:"]]),
+    "labels of eight words": (
+        f"Good habits for the body and its muscles:\n\n- {WALK}\n\nGood habits for the mind and its rest:\n\n- {REST}\n",
+        [["Good habits for the body", "Good habits for the mind"]]),
     "labelled paragraphs": (f"Body: {WALK}.\n\nMind: {REST}.\n\nFood: {FOOD}.", [["Body:", "Mind:", "Food:"]]),
     "reasons in paragraphs": (
         f"One reason is health: {WALK}.\n\nAnother reason is calm: {REST}.\n\n", [["One reason", "Another reason"]]),
@@ -173,6 +176,7 @@ REFUSED = {  # reason: answers
         f"- Foxes have learnt to {WALK} near towns.\n- They are shy animals that {REST}.\n"],
     "steps without names": [
         f"Follow these steps:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n3. Turn the key and {FOOD}\n",
+        f"You can use the following approach:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n",
         f"Here is how you can do it:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n"],
     "uses a value worked out in a sibling": [
         f"1. Area: the room is 4 m by 6 m, which gives = 24 square metres, {WALK}.\n"
@@ -183,6 +187,9 @@ REFUSED = {  # reason: answers
         f"2. Count it, and {REST}:\n```\nprint(len(rows))\n```\n",
         f"1. Page: open it, and {WALK}:\n```\n<p id='day-list'>\n```\n"
         f"2. Style: copy this, and {REST}:\n```\n#day-list {{ color: red }}\n```\n",
+        f"1. Start: keep it as JobStartTime, and {WALK}.\n2. End: subtract JobStartTime, and {REST}.\n",
+        f"1. Event: {{'title': 'Wedding'}}, and {WALK}.\n2. Guest: {{'event': 'Wedding'}}, and {REST}.\n",
+        f"Name: Zlorg\n\nLooks: {WALK}, as every Zlorg does.\n\nHome: {REST}.\n",
         f"1. Table: store the `user_name`, and {WALK}.\n2. Form: ask for the `user_name`, and {REST}.\n"],
     "takes up a thing of a sibling": [
         f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n"],
