@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from aspd import IGNORE, check
 
@@ -103,11 +102,25 @@ class Block(nn.Module):
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
         return x + linear(F.silu(gate) * up, self.mlp.c_proj)
 
-def head_loss(x, head, target):
-    """Summed cross-entropy behind the head: x (N, C), target (N,) ids or IGNORE. A quarter of the tokens at a time,
-    whose logits are computed again for their gradients: those of all would take most of the memory."""
-    loss = lambda x, t: F.cross_entropy(linear(x, head).float(), t, ignore_index=IGNORE, reduction="sum")
-    return sum(checkpoint(loss, *part, use_reentrant=False) for part in zip(x.chunk(4), target.chunk(4)))
+class HeadLoss(torch.autograd.Function):
+    """Head and summed cross-entropy in one: x (N, C), weight (V, C), target (N,) ids or IGNORE. Finds the gradients on
+    the way, a quarter of the tokens at a time and in place: the logits of all would take most of the memory."""
+    @staticmethod
+    def forward(ctx, x, weight, target):
+        w, dx, dw, loss = weight.to(x.dtype), [], torch.zeros_like(weight), 0
+        for part, t in zip(x.chunk(4), target.chunk(4)):
+            logp = (part @ w.t()).float().log_softmax(-1)
+            loss = loss + F.nll_loss(logp, t, ignore_index=IGNORE, reduction="sum")
+            logp.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1  # is the gradient now
+            dlogits = logp.mul_((t != IGNORE)[:, None]).to(w.dtype)
+            dx.append(dlogits @ w)
+            dw += dlogits.t() @ part
+        ctx.save_for_backward(torch.cat(dx), dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(grad * d for d in ctx.saved_tensors), None
 
 class GPT(nn.Module):
     """Embedding, layers, norm and head; see forward for the shapes."""
@@ -145,7 +158,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
         x = x if pick is None else x.flatten(0, 1)[pick]
         x, head = self.ln_f(x), self.lm_head or self.wte
-        return linear(x, head) if target is None else head_loss(x, head, target)
+        return linear(x, head) if target is None else HeadLoss.apply(x.to(dtype), head.weight, target)
 
     @torch.no_grad()
     def grow(self, vocab_size, new):
