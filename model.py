@@ -137,10 +137,6 @@ class GPT(nn.Module):
                 scale = (2 * config.n_layer) ** -0.5 if "c_proj" in name else 1
                 nn.init.normal_(p, std=0.1 if "wte" in name else p.size(1) ** -0.5 * scale)
 
-    def num_params(self):
-        """Number of parameters; a tied head counts once."""
-        return sum(p.numel() for p in self.parameters())
-
     def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None, target=None):
         """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, 1, T, S); None = plain causal. cache,
         slot (T,): write keys and values there, read as many slots as the mask is wide (B = 1, mask (T, S)). pick: flat
@@ -156,8 +152,7 @@ class GPT(nn.Module):
             mask = torch.cat([mask] * (config.n_head // config.n_kv_head), dim=-2)  # (..., nh/nkv T, S)
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
-        x = x if pick is None else x.flatten(0, 1)[pick]
-        x, head = self.ln_f(x), self.lm_head or self.wte
+        x, head = self.ln_f(x if pick is None else x.flatten(0, 1)[pick]), self.lm_head or self.wte
         return linear(x, head) if target is None else HeadLoss.apply(x.to(dtype), head.weight, target)
 
     @torch.no_grad()

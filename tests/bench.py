@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aspd import IGNORE, Special, is_block, layout, plain, stats, tokenize
+from aspd import IGNORE, Row, Special, is_block, layout, plain, stats, tokenize
 from data import (cli, collate, corpus, extract, make_rows, make_tokenizer, micro_batches,
                   read_prompts, read_records, split_held_out, write_whole)
 from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Answer, Engine, forward_pass, generate, load
@@ -87,6 +87,11 @@ def memory(device):
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def count(model):
+    """Parameters; a tied head counts once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def table(title, headings, rows, formats):
@@ -266,11 +271,35 @@ def bench_prompts(args):
     return report(results, opens_blocks(results), ("fewer_steps",)), results
 
 
-@torch.no_grad()
-def loss_by_place(lm, records, block_size, tagged, dtype):
+def hidden_row(prompt, ids):
     """
-    {place in the answer: [summed loss, plain tokens]}, the answers tagged or not, but cut into the same tokens. A title
-    counts where it is first written.
+    (Row, places) of an untagged answer under the branch mask: no branch sees a sibling or its title, and each starts
+    where the block does. Targets are the branches' tokens after their titles: what a serial model loses on them is
+    what it would have read off the siblings.
+    """
+    pieces, at, n_block, places = [(prompt, 0, 0, 0, None)], len(prompt), 0, []
+    for s in ids:
+        start, n_block = at, n_block + is_block(s)
+        for i, (title, rest) in enumerate(s if is_block(s) else [([], s)]):
+            place = ("later branches" if i else "first branches") if is_block(s) else None
+            branch = (n_block, i + 1) if is_block(s) else (0, 0)
+            pieces += [(title, *branch, start, None), (rest, *branch, start + len(title), place)]
+            at += len(title) + len(rest)
+            start = start if is_block(s) else at
+    token = np.array([t for tokens, *_ in pieces for t in tokens])
+    block, branch = (np.repeat([piece[k] for piece in pieces], [len(piece[0]) for piece in pieces]) for k in (1, 2))
+    position = np.concatenate([piece[3] + np.arange(len(piece[0])) for piece in pieces])
+    places = [place for tokens, *_, place in pieces for _ in tokens]
+    known = np.append([place is not None for place in places[1:]], False)
+    return (Row(token, block, branch, position, np.where(known, np.roll(token, -1), IGNORE)),
+            [place for place in places if place])
+
+
+@torch.no_grad()
+def loss_by_place(lm, records, block_size, side, dtype):
+    """
+    {place in the answer: [summed loss, plain tokens]} of a side: "aspd", "serial" or "hidden" (serial, as hidden_row
+    has it), all cut into the same tokens. A title counts where it is first written.
     """
     tokenizer, total = lm.tokenizer, {place: [0.0, 0] for place in PLACES}
     special, device = tokenizer.special or Special(*[tokenizer.eos] * 7), torch.device(lm.device)
@@ -285,11 +314,15 @@ def loss_by_place(lm, records, block_size, tagged, dtype):
             if is_block(s):
                 titles = [["titles"] * len(title) for title, _ in s]
                 rests = [["later branches" if i else "first branches"] * len(rest) for i, (_, rest) in enumerate(s)]
-                ordered = titles + rests if tagged else [part for pair in zip(titles, rests) for part in pair]
+                ordered = titles + rests if side == "aspd" else [part for pair in zip(titles, rests) for part in pair]
                 places += sum(ordered, [])
             else:
                 places += ["outside"] * len(s)
-        row = row if tagged else layout(prompt, [plain(ids)], special)
+        row = row if side == "aspd" else layout(prompt, [plain(ids)], special)
+        if side == "hidden":
+            row, places = hidden_row(prompt, ids)
+        if not places:
+            continue
         idx, position, mask, pick, target = collate([row], lm.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = lm.model(idx, position, mask, pick=pick)
@@ -320,18 +353,19 @@ def bench_held_out(args):
         not_text = [lm.tokenizer.eos, *(lm.tokenizer.special or ())]
         losses[mode] = float(held_out_loss(lm.model, rows, not_text, settings))
         limit = min(args.block_size or lm.model.config.block_size, lm.model.config.block_size)
-        by_place[mode] = loss_by_place(lm, evenly(records, args.limit), limit, mode == "aspd", dtype)
+        for side in ("aspd",) if mode == "aspd" else ("serial", "hidden"):
+            by_place[side] = loss_by_place(lm, evenly(records, args.limit), limit, side, dtype)
     table("held-out loss", ["side", "answers", "row tokens", "loss", "of serial"],
           [[mode, *counts[mode], loss, loss / losses["serial"]] for mode, loss in losses.items()],
           ["d", "d", ".4f", ".4f"])
     sums = {mode: sum(loss for loss, _ in places.values()) for mode, places in by_place.items()}
     found = [{"place": place, "tokens": n, "aspd": loss / n, "serial": by_place["serial"][place][0] / n,
-              "of_serial": loss / by_place["serial"][place][0],
+              "hidden": by_place["hidden"][place][0] / n or None, "of_serial": loss / by_place["serial"][place][0],
               "share": (loss - by_place["serial"][place][0]) / (sums["aspd"] - sums["serial"] or 1)}
              for place, (loss, n) in by_place["aspd"].items() if n]
-    table("by place, the answers cut into the same tokens on both sides",
-          ["place", "tokens", "aspd", "serial", "of serial", "of the difference"],
-          [list(row.values()) for row in found], ["d", ".4f", ".4f", ".4f", ".0%"])
+    table("by place, the answers cut into the same tokens on all sides; hidden: the serial side, its siblings hidden",
+          ["place", "tokens", "aspd", "serial", "hidden", "of serial", "of the difference"],
+          [list(row.values()) for row in found], ["d", ".4f", ".4f", ".4f", ".4f", ".0%"])
     summary = {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}
     return summary, found
 
@@ -503,7 +537,7 @@ def bench_step(args, lm=None):
     contexts = sorted({n for n in (*args.contexts, args.context) if max(WIDTHS) <= n <= c.block_size})
     times, copy = time_steps(lm, contexts, args.repeats, args)
     size = model.wte.weight.element_size()
-    read = size * (model.num_params() + 2 * args.context * c.n_layer * c.n_kv_head * c.head_size
+    read = size * (count(model) + 2 * args.context * c.n_layer * c.n_kv_head * c.head_size
                    - (0 if c.tied else model.wte.weight.numel()))  # an untied embedding is read a row a token
     steps = {str(W): times[args.context, W] for W in WIDTHS}
     rows = {W: [1000 * t, t / steps["1"], 1000 * t / int(W), read / t / 1e9, read / t / copy] for W, t in steps.items()}
@@ -584,7 +618,7 @@ def all_gpu(args):
         lm = get_lm(args, (r["response"] for r in read_records(args.replay)))
         many = Namespace(**vars(args) | {"repeats": max(args.repeats, 5), "contexts": [512, 2048], "data": args.replay})
         for bench, a in ((bench_step, many), (bench_replay, args), (bench_train, many)):
-            if bench is not bench_train or lm.model.num_params() < 1e9:
+            if bench is not bench_train or count(lm.model) < 1e9:
                 if cuda:
                     torch.cuda.reset_peak_memory_stats(args.device)
                 name = f"{shape} {bench.__name__.removeprefix('bench_')}"

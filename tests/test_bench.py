@@ -125,3 +125,7 @@ def test_held_out_loss_of_both_sides(tmp_path, capsys):
                            / sum(row["tokens"] for row in places.values()))
     assert of_all("aspd") == pytest.approx(losses["aspd"], rel=2e-3), "the same tokens, one answer at a time"
     assert sum(row["share"] for row in places.values()) == pytest.approx(1)
+    assert places["outside"]["hidden"] is None and places["titles"]["hidden"] is None
+    first, later = places["first branches"], places["later branches"]
+    assert first["hidden"] == pytest.approx(first["serial"], rel=1e-5), "a first branch has no sibling before it"
+    assert later["hidden"] != pytest.approx(later["serial"], rel=1e-5)

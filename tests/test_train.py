@@ -146,7 +146,7 @@ def test_checkpoint_gives_the_model_and_the_tokenizer_back(tmp_path):
     for changes in (dict(), dict(tied=False), dict(qkv_bias=True, positions="stride", stride=64)):
         before = tiny_model(**changes)
         after = from_checkpoint(read_checkpoint(save_tiny(tmp_path, before)))
-        assert after.config == before.config and after.num_params() == before.num_params()
+        assert after.config == before.config
         assert_same(dict(after.state_dict()), dict(before.state_dict()))
     assert decode.load(save_tiny(tmp_path)).tokenizer.settings == TOKENIZER.settings
 
