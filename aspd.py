@@ -121,8 +121,7 @@ if __name__ == "__main__":  # the paper's figure 3, in a terminal
     row, s = layout(encode("How to live well?"), ids, Special(*range(7))), stats(ids)
     mask = branch_mask(torch.tensor(row.block), torch.tensor(row.branch))
     names = {IGNORE: "-"} | {i: name for name, i in vocab.items()}
-    print(*(names[i] for i in row.token))
-    print(f"\n{'row':>3} {'token':<12} {'block':>5} {'branch':>6} {'position':>8}  {'target':<12}  sees (# yes, . no)")
+    print(f"{'row':>3} {'token':<12} {'block':>5} {'branch':>6} {'position':>8}  {'target':<12}  sees (# yes, . no)")
     for t, (token, block, branch, position, target) in enumerate(zip(*row)):
         seen = "".join(".#"[k] for k in mask[t, :t + 1].int())
         print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  {names[target]:<12}  {seen}")

@@ -130,14 +130,11 @@ LEVELS = [(level, rank, re.compile(pattern, re.M)) for level, rank, pattern in [
 ]]
 OPAQUE = re.compile(r"[ \t]*(?:(```|~~~)|\|)")  # code and tables are never cut
 PREFIX = re.compile(r"\W*(?:\w{1,3}[.)）．、](?=[\s*一-鿿]))?\W*")  # the marker of a part
+bare = lambda text: text[PREFIX.match(text).end():]
 LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
 WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
 WORKS_ON = (r"(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In short|Overall|Therefore|总结|Final Answer|Calculating"
             r"|(?:Explanation|Solution|Comparison|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
-
-def bare(text):
-    """The text without the marker it opens with."""
-    return text[PREFIX.match(text).end():]
 
 def read_marks(lines):
     """(kind, rank, number) of each line: kind is a tuple if it opens a part, else "text", "opaque" or "" (blank)."""
@@ -364,8 +361,7 @@ def make_tokenizer(name, texts):
 
 def published_tokenizer(path):
     """A published folder -> a Tokenizer with the same ids, without tags. ValueError naming what is not supported."""
-    def refuse(what, unless):
-        check(unless, f"{path}/tokenizer.json: {what} is not supported")
+    refuse = lambda what, unless: check(unless, f"{path}/tokenizer.json: {what} is not supported")
     files = [Path(path, name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     t, config, template = [file.read_bytes() if file.exists() else b"" for file in files]
     refuse("a tokenizer without this file (SentencePiece)", unless=t)
@@ -455,9 +451,7 @@ PROMPTS = {
     "short-list": ("What are the {1} of {0}?", "List only the {1} of {0}.", "Just the {1} of {0}, please."),
     "prose": ("Write one paragraph about {}.", "Describe {} in a few sentences.", "Can you say a few words on {}?")}
 
-def listing(words):
-    """["a", "b", "c"] -> "a, b and c"."""
-    return ", ".join(words[:-1]) + " and " + words[-1]
+listing = lambda words: ", ".join(words[:-1]) + " and " + words[-1]  # ["a", "b", "c"] -> "a, b and c"
 
 def describe(topic, rows, kind):
     """Text about things: an opening, the sentences of each, and in a list a conclusion that only the whole can tell."""

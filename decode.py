@@ -305,10 +305,9 @@ def main():
         try:
             answer = generate(lm, record["prompt"], args.mode, args.system, args.max_new_tokens, args.temperature,
                               args.top_k, args.top_p, args.seed, args.max_branches, sys.stdout.isatty() and view)
-            view.write(answer.text + "\n")
-        except KeyboardInterrupt:
+            view.write(answer.text)
+        finally:  # after Ctrl-C, too, no branch lines are left
             view.write(view.text + "\n")
-            raise
         print(f"\n{answer.tokens} tokens in {answer.steps} steps, branches {[len(b) for b in answer.blocks]}, "
               f"{answer.tokens / answer.seconds:.0f} tokens/s, first after {1000 * answer.ttft:.0f} ms, finish: "
               f"{answer.finish}\n", file=sys.stderr)

@@ -72,6 +72,13 @@ def linear(x, layer):
         return F.linear(x, weight, bias)
     return y.reshape(*x.shape[:-1], -1) + (0 if bias is None else bias)
 
+def grouped_attention(q, k, v, mask):
+    """q (B, nh, T, hs) over the S first keys. mask: additive, (..., nh/nkv T, S): the heads of a key group follow each
+    other among its queries, so that it reads each key once."""
+    S, grouped = mask.size(-1), q.reshape(*k.shape[:2], -1, k.size(-1))
+    y = F.scaled_dot_product_attention(grouped, k[:, :, :S], v[:, :, :S], mask)
+    return y.reshape(q.shape)
+
 class Block(nn.Module):
     """A layer: attention, then a SwiGLU layer, each behind its norm."""
     def __init__(self, config):
@@ -84,7 +91,7 @@ class Block(nn.Module):
         self.ln_2 = nn.RMSNorm(C, eps=config.norm_eps)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 2 * I, bias=False), "c_proj": nn.Linear(I, C, bias=False)})
 
-    def forward(self, x, cos, sin, mask, kv=None, slot=None):
+    def forward(self, x, cos, sin, masks, kv=None, slot=None):
         B, T, hs = *x.shape[:2], self.head_size
         qkv = linear(self.ln_1(x), self.attn.c_attn).view(B, T, -1, hs).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
         qk, v = qkv.split([self.sizes[0] + self.sizes[1], self.sizes[2]], dim=1)
@@ -93,12 +100,12 @@ class Block(nn.Module):
         q, k = qk.split(self.sizes[:2], dim=1)
         if kv is not None:
             kv[0][:, :, slot], kv[1][:, :, slot] = k, v
-            k, v = kv[0][:, :, :mask.size(-1)], kv[1][:, :, :mask.size(-1)]  # (1, nkv, S, hs)
-        if mask is not None:
-            q = q.reshape(B, self.sizes[1], -1, hs)  # (B, nkv, nh/nkv T, hs): a group reads each key once
-        gqa = mask is None and self.sizes[0] != self.sizes[1]  # a bool also to torch.compile, where sizes are symbols
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
-        x = x + linear(y.reshape(B, -1, T, hs).transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
+            k, v = kv
+        if masks is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = torch.cat([grouped_attention(q[:, :, rows], k, v, mask) for rows, mask in masks], dim=2)
+        x = x + linear(y.transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
         gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
         return x + linear(F.silu(gate) * up, self.mlp.c_proj)
 
@@ -138,20 +145,23 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.1 if "wte" in name else p.size(1) ** -0.5 * scale)
 
     def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None, target=None):
-        """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, 1, T, S); None = plain causal. cache,
-        slot (T,): write keys and values there, read as many slots as the mask is wide (B = 1, mask (T, S)). pick: flat
-        indices of the tokens whose logits are wanted. Returns logits (len(pick), V); without pick (B, T, V); with the
-        picked tokens' target (len(pick),) their summed cross-entropy instead, which never holds all logits."""
+        """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, 1, T, S); None = plain causal; without a
+        cache no token sees a later one. cache, slot (T,): write keys and values there, read as many slots as the mask
+        (T, S) is wide; B = 1. pick: flat indices of the tokens whose logits are wanted. Returns logits (len(pick), V);
+        without pick (B, T, V); with the picked tokens' target (len(pick),) their summed cross-entropy instead."""
         config, x = self.config, self.wte(idx)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         frequency = config.rope_theta ** -(torch.arange(0, config.head_size, 2, device=x.device) / config.head_size)
         angle = position[:, None, :, None] * frequency.repeat(2)  # (B, 1, T, hs), both halves of a head alike
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        if mask is not None:  # additive, once for all layers; the heads of a key group are folded into the queries
+        masks, T, groups = None, idx.size(1), config.n_head // config.n_kv_head
+        if mask is not None:  # additive, once for all layers; without a cache in four parts, that skip later keys
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-            mask = torch.cat([mask] * (config.n_head // config.n_kv_head), dim=-2)  # (..., nh/nkv T, S)
+            cuts = [0, T] if cache else [*(i * T // 64 * 16 for i in range(4)), T]
+            masks = [(slice(a, b), torch.cat([mask[..., a:b, :None if cache else b]] * groups, dim=-2))
+                     for a, b in zip(cuts, cuts[1:]) if a < b]
         for i, block in enumerate(self.h):
-            x = block(x, cos, sin, mask, cache and (cache.k[i], cache.v[i]), slot)
+            x = block(x, cos, sin, masks, cache and (cache.k[i], cache.v[i]), slot)
         x, head = self.ln_f(x if pick is None else x.flatten(0, 1)[pick]), self.lm_head or self.wte
         return linear(x, head) if target is None else HeadLoss.apply(x.to(dtype), head.weight, target)
 

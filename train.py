@@ -23,8 +23,6 @@ from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_toke
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published, read_checkpoint,
                    save_checkpoint)
 
-FAST = 10  # how much further than the other weights the rows of new tokens go a step
-
 def parse_args():
     """(args, the dict of the checkpoint to go on from or None). ValueError naming a setting that cannot be."""
     p = argparse.ArgumentParser(description="Trains on tagged answers. Next: python decode.py --prompt TEXT",
@@ -96,16 +94,16 @@ def prepare(args, state):
           f"{size / 1e6:.2f}M parameters, {args.steps} steps of {args.batch_size} answers", flush=True)
     return model, tokenizer, rows, val_rows
 
-def make_optimizer(model, lr, new=()):
+def make_optimizer(model, lr, new=(), fast=10):
     """AdamW; only matrices decay. new: ids that a trained model has not met, the tags. Their rows in embedding and
-    head go FAST times as far: they start at the mean of all tokens, a long way from where they are of use."""
+    head go `fast` times as far: they start at the mean of all tokens, a long way from where they are of use."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
                "weight_decay": 0.1 * matrix} for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
     tables, before = [m.weight.data for m in (model.wte, model.lm_head) if m], []
     def leap(*_):
         for table in tables:
-            table[new] += (FAST - 1) * (table[new] - before.pop(0))
+            table[new] += (fast - 1) * (table[new] - before.pop(0))
     if new:
         optimizer.register_step_pre_hook(lambda *_: before.extend(table[new] for table in tables))
         optimizer.register_step_post_hook(leap)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -245,27 +246,28 @@ def test_readme_has_exercises_and_their_commands_name_tests():
             assert marks and len(marks) <= 3 and not any("exercise" in name for name in marks), f"-k {word!r}: {marks}"
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The code and the tests."""
-    folder = tmp_path_factory.mktemp("copy")
+def mark(folder, name, file, words):
+    """An exercise's command, run in a copy of the code and the tests where its function returns None."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         shutil.copy2(path, target)
-    return folder
+    (folder / file).write_text(emptied((ROOT / file).read_text(encoding="utf-8"), name), encoding="utf-8")
+    return subprocess.run([sys.executable, *"-m pytest -q -x -p no:cacheprovider -k".split(), words], cwd=folder,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("number,name,file,words", EXERCISES, ids=[number for number, *_ in EXERCISES])
-def test_exercise_is_failed_by_an_empty_function(copy, number, name, file, words):
-    """Its command, in a copy where the function returns None: the tests run, and one of those it names fails."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    (copy / file).write_text(emptied(source, name), encoding="utf-8")
-    try:
-        done = subprocess.run([sys.executable, *"-m pytest -q -x -p no:cacheprovider -k".split(), words], cwd=copy,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    finally:
-        shutil.copy2(ROOT / file, copy / file)
+@pytest.fixture(scope="module")
+def marks(tmp_path_factory):
+    """{number: what mark() will give}, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {number: pool.submit(mark, tmp_path_factory.mktemp("copy"), *exercise) for number, *exercise in EXERCISES}
+
+
+@pytest.mark.parametrize("number,words", [(number, words) for number, _, _, words in EXERCISES], ids=[number for number, *_ in EXERCISES])
+def test_exercise_is_failed_by_an_empty_function(marks, number, words):
+    """The tests run, and one of those that its command names fails."""
+    done = marks[number].result()
     failed = re.findall(r"(?m)^FAILED \S+::(\w+)", done.stdout)
     assert done.returncode == 1 and len(failed) == 1, done.stdout[-2000:]
     assert any(word in failed[0] for word in words.split(" or "))
