@@ -8,7 +8,7 @@ texts joined are the answer. The tagged answer writes a block's titles first, an
                    <|branch|>2. Move: walk daily.<|/branch|>
                <|/para|>  Start today.
 
-`python aspd.py` prints such an answer, its row table and its branch mask."""
+`python aspd.py` prints such an answer's row table and its branch mask."""
 from collections import namedtuple
 
 import numpy as np
@@ -40,9 +40,7 @@ def tokenize(segments, encode):
     return [encode(s) if isinstance(s, str) else [(encode(b.title), encode(b.text[len(b.title):])) for b in s]
             for s in segments]
 
-def is_block(s):
-    """Whether a tokenised segment is a block: a list of (title, rest) pairs rather than of ids."""
-    return len(s) > 0 and isinstance(s[0], tuple)
+is_block = lambda s: len(s) > 0 and isinstance(s[0], tuple)  # is a tokenised segment (title, rest) pairs, not ids?
 
 def plain(ids):
     """Segments of ids -> the ids of the plain answer: no tags, no repeated titles."""
@@ -103,15 +101,19 @@ def stats(ids):
     steps = tokens - rests + sum(2 * len(s) + 1 + max(len(rest) for _, rest in s) + 1 + 1 for s in blocks)
     return Stats(tokens, steps, [len(s) for s in blocks], titles + rests, titles, tokens / steps if steps else 1.0)
 
-def summary(answers):
-    """Stats of answers -> dict of the paper's figures. PPD: share of answers with a block; ABN: branches a block; APD:
+def tally(total, s):
+    """Adds an answer's Stats to a Counter of sums, so that memory does not grow with the file."""
+    total.update(answers=1, speedup=s.speedup, best=max(0, s.speedup - total["best"]))
+    if s.branches:
+        total.update(PPD=1, blocks=len(s.branches), ABN=sum(s.branches), APD=s.branch_tokens / s.tokens,
+                     APE=(s.branch_tokens - s.title_tokens) / s.branch_tokens)
+
+def summary(total):
+    """A tallied Counter -> dict of the paper's figures. PPD: share of answers with a block; ABN: branches a block; APD:
     share of a parallel answer in branches; APE: share of branch tokens not in titles; speedup: ideal, mean; best."""
-    parallel, mean = [s for s in answers if s.branches], lambda values: float(np.mean([*values] or [0]))
-    return {"answers": len(answers), "PPD": len(parallel) / max(len(answers), 1),
-            "ABN": mean(n for s in parallel for n in s.branches),
-            "APD": mean(s.branch_tokens / s.tokens for s in parallel),
-            "APE": mean((s.branch_tokens - s.title_tokens) / s.branch_tokens for s in parallel),
-            "speedup": mean(s.speedup for s in answers), "best": max((s.speedup for s in answers), default=0.0)}
+    over = {"PPD": "answers", "ABN": "blocks", "APD": "PPD", "APE": "PPD", "speedup": "answers"}
+    means = {name: total[name] / max(total[count], 1) for name, count in over.items()}
+    return {"answers": total["answers"], "best": total["best"], **means}
 
 if __name__ == "__main__":  # the paper's figure 3, in a terminal
     vocab = {name: i for i, name in enumerate([*TAG_NAMES, "<eos>"])}

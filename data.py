@@ -20,7 +20,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from aspd import IGNORE, Branch, Special, branch_mask, check, join, layout, stats, summary, tokenize
+from aspd import IGNORE, Branch, Special, branch_mask, check, join, layout, stats, summary, tally, tokenize
 
 # ---- loading: {"prompt", "response"}, Alpaca and ShareGPT, as JSON or JSON Lines 
 MAX_LINE = 64 * 2**20  # bytes
@@ -503,9 +503,9 @@ def split_held_out(records, percent=2):
     return [r for r, out in zip(records, held) if not out], [r for r, out in zip(records, held) if out]
 
 def make_rows(records, tokenizer, config, mode="aspd", limit=None):
-    """(rows, their Stats) of answers, tagged or "serial", without those over the limit (none: context) or stride."""
+    """(rows, tallied Stats) of answers, tagged or "serial", without those over the limit (none: context) or stride."""
     special = tokenizer.special or Special(*[tokenizer.eos] * 7)
-    limit, rows, counts = min(limit or config.block_size, config.block_size), [], []
+    limit, rows, total = min(limit or config.block_size, config.block_size), [], Counter()
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt, ids = tokenizer.prompt(r["prompt"]), tokenize(extract(r["response"], r["prompt"])[0], tokenizer.encode)
         try:
@@ -514,8 +514,8 @@ def make_rows(records, tokenizer, config, mode="aspd", limit=None):
             continue
         if max(row.position.max() + 1, len(row.token)) <= limit:
             rows.append(row if mode == "aspd" else layout(prompt, [tokenizer.encode(r["response"])], special))
-            counts.append(stats(ids))
-    return rows, counts
+            tally(total, stats(ids))
+    return rows, total
 
 def batches(lengths, batch_size, seed):
     """Endlessly yields batches of like length: arrays of indices into lengths (N,), in a new seeded order an epoch."""
@@ -565,7 +565,7 @@ def main():
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     p.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their blocks (default: 0)")
     p.add_argument("--tokenizer", default="bpe", help="bpe (learnt here), a tiktoken name, or a published folder")
-    args, counts, reasons = p.parse_args(), defaultdict(list), Counter()  # counts: {category: Stats}
+    args, totals, reasons = p.parse_args(), defaultdict(Counter), Counter()  # totals: {category: tallied Counter}
     records = lambda: read_records(args.file) if args.file else corpus()
     tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records()))
     def lines():
@@ -575,7 +575,7 @@ def main():
             if n < args.show:
                 show(r, segments, refusals)
             for category in {str(r.get("category") or "all"), "all"}:
-                counts[category].append(stats(tokenize(segments, tokenizer.encode)))
+                tally(totals[category], stats(tokenize(segments, tokenizer.encode)))
             reasons.update(reason for reason, _, _ in refusals)
             blocks = [s if isinstance(s, str) else {"branches": [b._asdict() for b in s]} for s in segments]
             del r["response"]
@@ -583,8 +583,8 @@ def main():
     write_whole(args.out, lines()) if args.out else deque(lines(), maxlen=0)  # or for the figures alone
     print(f"\n{'category':<16}{'answers':>8}{'PPD':>8}{'ABN':>8}{'APD':>8}{'APE':>8}{'speedup':>9}{'best':>7}")
     row = "{:<16}{answers:>8}{PPD:>8.1%}{ABN:>8.2f}{APD:>8.1%}{APE:>8.1%}{speedup:>9.2f}{best:>7.2f}"
-    for name, answers in sorted(counts.items(), key=lambda item: item[0] == "all"):
-        print(row.format(name, **summary(answers)))
+    for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
+        print(row.format(name, **summary(total)))
     print("\nblocks refused:" if reasons else "\nno block was refused")
     print(*(f"{n:>8}  {reason}" for reason, n in reasons.most_common()), sep="\n")
 

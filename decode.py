@@ -66,9 +66,7 @@ def forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling):
     allowed = logits.masked_fill(~allow[state], -torch.inf)
     return sample(allowed, uniform[branch[pick], position[pick]], *sampling), logits
 
-def bucket(n, least=1):
-    """The next power of two that is at least n, and at least `least`: few shapes."""
-    return max(least, 1 << (n - 1).bit_length())
+bucket = lambda n, least=1: max(least, 1 << (n - 1).bit_length())  # n or more, a power of two: few shapes
 
 class LM:
     """A model, its tokenizer and what outlives an answer: grammar, cache and step (forward_pass, perhaps compiled)."""

@@ -73,8 +73,8 @@ def linear(x, layer):
     return y.reshape(*x.shape[:-1], -1) + (0 if bias is None else bias)
 
 def grouped_attention(q, k, v, mask):
-    """q (B, nh, T, hs) over the S first keys. mask: additive, (..., nh/nkv T, S): the heads of a key group follow each
-    other among its queries, so that it reads each key once."""
+    """q (B, nh, T, hs); mask: additive, (..., nh/nkv T, S), since the heads of a key group are folded into the queries,
+    so that the group reads each of the first S keys once."""
     S, grouped = mask.size(-1), q.reshape(*k.shape[:2], -1, k.size(-1))
     y = F.scaled_dot_product_attention(grouped, k[:, :, :S], v[:, :, :S], mask)
     return y.reshape(q.shape)

@@ -82,13 +82,13 @@ def prepare(args, state):
         model = GPT(GPTConfig(args.block_size, tokenizer.vocab_size, args.n_layer, args.n_head, n_kv_head=args.n_head,
                               n_embd=64 * args.n_head, n_inner=176 * args.n_head))
     model.config.positions, model.config.stride = args.positions, args.stride
-    (rows, counts), (val_rows, _) = (make_rows(records, tokenizer, model.config, args.mode, args.block_size)
+    (rows, total), (val_rows, _) = (make_rows(records, tokenizer, model.config, args.mode, args.block_size)
                                     for records in (train, val))
     for kept, of, what in (rows, train, "train on"), (val_rows, val, "hold out (2% of the prompts)"):
         check(kept, f"{args.data or 'corpus'}: none of the {len(of)} answers to {what} fits {args.block_size} tokens")
     args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2500)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
-    s, size = summary(counts), sum(p.numel() for p in model.parameters())
+    s, size = summary(total), sum(p.numel() for p in model.parameters())
     print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
           f"{s['PPD']:.0%} have parallel parts, ideal speedup {s['speedup']:.2f}x\n"
           f"{size / 1e6:.2f}M parameters, {args.steps} steps of {args.batch_size} answers", flush=True)

@@ -1,10 +1,11 @@
 """The layout: one row table for training and decoding, held to the design's example and to slow code that loops."""
 import random
+from collections import Counter
 
 import pytest
 import torch
 
-from aspd import IGNORE, Branch, Special, branch_mask, is_block, join, layout, plain, stats, tokenize
+from aspd import IGNORE, Branch, Special, branch_mask, is_block, join, layout, plain, stats, summary, tally, tokenize
 from helpers import TOKENIZER, random_ids, random_segments
 
 SPECIAL = TOKENIZER.special
@@ -158,3 +159,15 @@ def test_pieces_are_tokenised_apart():
     segments = ["serial", [Branch("1. A", "1. A: x"), Branch("2. B", "2. B")], "end"]
     tokenize(segments, lambda text: seen.append(text) or [len(seen)])
     assert sorted(seen) == sorted(["serial", "1. A", ": x", "2. B", "", "end"])
+
+
+def test_tally_holds_sums_alone():
+    """What data.py keeps of a file does not grow with it; the best is of all answers, in whatever order."""
+    parallel, serial = stats([[5], [([1], [0] * 40), ([2], [0] * 50)]]), stats([[1, 2, 3]])
+    few, many = Counter(), Counter()
+    for total, n in ((few, 1), (many, 500)):
+        for s in [serial, parallel, serial] * n:
+            tally(total, s)
+    assert len(few) == len(many) and all(isinstance(value, (int, float)) for value in many.values())
+    assert summary(many) == pytest.approx({**summary(few), "answers": 1500})
+    assert summary(few)["best"] == parallel.speedup and summary(few)["PPD"] == pytest.approx(1 / 3)
