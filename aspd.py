@@ -1,130 +1,283 @@
-"""ASPD: Adaptive Serial-Parallel Decoding (arXiv 2508.08895). This file is the idea; the other four make it run.
+"""ASPD: Adaptive Serial-Parallel Decoding (arXiv 2508.08895). This file is the idea; the other four
+make it run.
 
-An answer is a list of segments: serial text (a str), or a block, a list of branches that do not need each other. Their
-texts joined are the answer. The tagged answer writes a block's titles first, and then all its branches side by side:
+An answer is a list of segments: serial text, or a Block of branches that do not need each other.
+Joined, they are the answer, character for character. The tagged answer has a block's titles first,
+and then all its branches side by side (line breaks only for reading):
 
-    Two tips:  <|title|>1. Sleep<|/title|> <|title|>2. Move<|/title|> <|para|>
-                   <|branch|>1. Sleep: eight hours.<|/branch|>
-                   <|branch|>2. Move: walk daily.<|/branch|>
-               <|/para|>  Start today.
+    Two tips:
+    <|title|>1. Sleep<|/title|><|title|>2. Move<|/title|><|para|>
+    <|branch|>1. Sleep: eight hours.<|/branch|>
+    <|branch|>2. Move: walk daily.<|/branch|><|/para|>
+    Start today.
 
-`python aspd.py` prints such an answer's row table and its branch mask."""
-from collections import namedtuple
+    here          in the paper                                                           section
+    block         a parallel region: branches, each from <|branch|> to <|/branch|>           3.1
+    serial        everything else: text, titles, <|para|> and <|/para|>                      3.1
+    layout        the training sequence: tokens, positions and targets                       3.2
+    branch_mask   the branch-invisible mask                                                  3.2
+    positions     "aspd" is the paper's Seq, "longest" its Max                               3.3
+    cache_mask    the same rule in the hybrid engine's one KV cache                          3.4
+    Stats         tokens and passes of one answer                                            4.1
+    Metrics       PPD, ABN, APD and APE of many                                              4.1
 
-import numpy as np
+`python aspd.py` prints the row of such an answer, and who sees whom.
+"""
+from collections import Counter, namedtuple
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
-POSITIONS = ("aspd", "longest", "stride")
-IGNORE = -100  # "no target here", the value that cross_entropy skips
+POSITIONS = ("aspd", "longest")
+MAX_BRANCHES = 16  # branches of a block at most: the widest pass of the engine
+IGNORE = -100      # "no target here": the value that cross_entropy skips
 
-Branch = namedtuple("Branch", "title text")  # the title is a verbatim, non-empty prefix of the text
-Special = namedtuple("Special", "title title_end para para_end branch branch_end eos")  # ids, in TAG_NAMES' order
-# A laid-out answer, five int64 arrays of length T. block, branch: both 0 where serial, else counted from 1 (branch
-# within its block); position: rotary; target: the token that the decoder chooses next, or IGNORE.
-Row = namedtuple("Row", "token block branch position target")
-# tokens: of the plain answer; steps: passes after the prompt; branches: of each block; speedup: ideal, tokens / steps.
-Stats = namedtuple("Stats", "tokens steps branches branch_tokens title_tokens speedup")
 
 def check(ok, message):
-    """ValueError with the message unless ok."""
+    """Raises ValueError with the message unless ok."""
     if not ok:
         raise ValueError(message)
 
+
+@contextmanager
+def naming(where):
+    """Whatever goes wrong inside becomes a ValueError of one line that starts with the place."""
+    try:
+        yield
+    except Exception as e:
+        reason = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())
+        place = "" if reason.startswith(str(where)) else f"{where}: "
+        raise ValueError(f"{place}{reason:.300}") from None
+
+
+# ---- an answer --------------------------------------------------------------
+
+class Branch(NamedTuple):
+    """A part of a block; title + rest is its text. Both are str or, tokenised, lists of ids."""
+    title: object  # never empty; written before the block, so that the branches know of each other
+    rest: object
+
+
+class Block(list):
+    """Two or more Branches that do not need each other."""
+
+
+# The ids of TAG_NAMES, in their order.
+Tags = namedtuple("Tags", "title title_end para para_end branch branch_end")
+
+
+def pieces(segments):
+    """Yields the texts (or lists of ids) that make up the plain answer, in their order."""
+    for segment in segments:
+        if isinstance(segment, Block):
+            for branch in segment:
+                yield from branch
+        else:
+            yield segment
+
+
 def join(segments):
-    """The plain answer: list of segments -> str."""
-    return "".join(s if isinstance(s, str) else "".join(b.text for b in s) for s in segments)
+    """Segments of text -> the plain answer, a str."""
+    return "".join(pieces(segments))
 
-def tokenize(segments, encode):
-    """Segments of text -> of ids. encode: str -> list; a branch becomes (title ids, rest ids), as it is decoded."""
-    return [encode(s) if isinstance(s, str) else [(encode(b.title), encode(b.text[len(b.title):])) for b in s]
-            for s in segments]
-
-is_block = lambda s: len(s) > 0 and isinstance(s[0], tuple)  # is a tokenised segment (title, rest) pairs, not ids?
 
 def plain(ids):
-    """Segments of ids -> the ids of the plain answer: no tags, no repeated titles."""
-    out = []
-    for s in ids:
-        out += [i for title, rest in s for i in title + rest] if is_block(s) else s
-    return out
+    """Segments of ids -> the ids of the plain answer, a list: no tags, every title once."""
+    return [token for piece in pieces(ids) for token in piece]
 
-def layout(prompt, ids, special, positions="aspd", stride=0):
-    """Lays tokenised segments out behind a prompt's ids -> Row (paper section 3.2). ValueError as branch_positions."""
-    pieces = []  # (ids, block, branch, positions, whether the decoder chooses these tokens itself)
-    def add(tokens, start, chosen, block=0, branch=0):
-        pieces.append((tokens, block, branch, np.arange(start, start + len(tokens)), chosen))
-        return start + len(tokens)
-    at, n_block = add(prompt, 0, False), 0  # at: the serial stream's position
-    for s in ids:
-        if not is_block(s):
-            at = add(s, at, True)
+
+def tokenize(segments, encode):
+    """Segments of text -> of ids. encode: str -> list. Every piece is encoded apart, so that
+    training sees exactly the tokens that decoding feeds."""
+    ids = []
+    for segment in segments:
+        if isinstance(segment, Block):
+            ids.append(Block(Branch(encode(b.title), encode(b.rest)) for b in segment))
+        else:
+            ids.append(encode(segment))
+    return ids
+
+
+# ---- one layout, for training and decoding ----------------------------------
+
+class Row(NamedTuple):
+    """A prompt and its answer, laid out: five int64 tensors of shape (T,)."""
+    token: torch.Tensor
+    block: torch.Tensor     # 0 where serial, else 1, 2, ... in the order of the blocks
+    branch: torch.Tensor    # 0 where serial, else 1, 2, ... within the block
+    position: torch.Tensor  # for rotary embeddings; siblings share theirs
+    target: torch.Tensor    # the token that the decoder chooses after this one, or IGNORE
+
+
+def layout(prompt, ids, eos, tags=None, positions="aspd"):
+    """Lays an answer out behind its prompt (sections 3.2 and 3.3) -> Row.
+
+    prompt: a list of ids. ids: tokenised segments. eos: the id that ends the answer. tags: a Tags,
+    needed for blocks. positions: how the serial stream goes on after a block, one of POSITIONS.
+    """
+    token, block, branch, position, chosen = [], [], [], [], []
+
+    def add(tokens, start, is_chosen, in_block=0, in_branch=0):
+        """Adds a piece at positions start, start + 1, ...; returns the position after it.
+        is_chosen: does the decoder choose these tokens, or are they forced?"""
+        n = len(tokens)
+        token.extend(tokens)
+        block.extend([in_block] * n)
+        branch.extend([in_branch] * n)
+        position.extend(range(start, start + n))
+        chosen.extend([is_chosen] * n)
+        return start + n
+
+    n_blocks = 0
+    at = add(prompt, 0, False)  # at: the next position of the serial stream
+    for segment in ids:
+        if not isinstance(segment, Block):
+            at = add(segment, at, True)
             continue
-        for i, (title, _) in enumerate(s):
-            at = add([special.title], at, i != 1)  # the second title is forced: a block has at least two branches
-            at = add(title + [special.title_end], at, True)
-        at, n_block = add([special.para], at, True), n_block + 1
-        starts, at = branch_positions(at, [len(title) + len(rest) + 2 for title, rest in s], positions, stride)
-        for i, (title, rest) in enumerate(s):
-            start = add([special.branch] + title, starts[i], False, n_block, i + 1)  # the engine feeds the prefix
-            add(rest + [special.branch_end], start, True, n_block, i + 1)
-        at = add([special.para_end], at, False)
-    tokens, block, branch, position, chosen = zip(*pieces)
-    token, position = np.array([i for piece in tokens for i in piece], dtype=np.int64), np.concatenate(position)
-    block, branch, chosen = np.repeat([block, branch, chosen], [len(piece) for piece in tokens], axis=1)
-    target = np.append(np.where(chosen, token, IGNORE)[1:], IGNORE)  # the next one: each stream starts forced
-    target[np.flatnonzero(block == 0)[-1]] = special.eos
-    return Row(token, block, branch, position, target)
+        for i, (title, _) in enumerate(segment):
+            at = add([tags.title], at, i != 1)  # forced the second time: a block has two branches
+            at = add(title + [tags.title_end], at, True)
+        at = add([tags.para], at, True)
+        n_blocks += 1
+        for i, (title, rest) in enumerate(segment, start=1):
+            start = add([tags.branch] + title, at, False, n_blocks, i)
+            add(rest + [tags.branch_end], start, True, n_blocks, i)
+        at += serial_advance([branch_length(*b) for b in segment], positions)
+        at = add([tags.para_end], at, False)
 
-def branch_positions(start, sizes, scheme="aspd", stride=0):
-    """Where branches start and the serial stream goes on (paper section 3.3). start: the position after <|para|>;
-    sizes: each branch's tokens, with tags -> (list of positions, position). ValueError: unknown scheme, long branch."""
-    check(scheme in POSITIONS, f"unknown position scheme {scheme!r}, expected one of {', '.join(POSITIONS)}")
-    if scheme == "stride":  # as PASTA, without its predictions
-        check(max(sizes) <= stride, f"a branch of {max(sizes)} tokens is longer than the stride, {stride}")
-        return [start + i * stride for i in range(len(sizes))], start + len(sizes) * stride
-    # side by side, and on as if they had been written one after the other or, as APAR has it, behind the longest
-    return [start] * len(sizes), start + (sum(sizes) if scheme == "aspd" else max(sizes))
+    # A token's target is the next one of the row, if chosen: no stream starts with a chosen token,
+    # so the next one is then of the same stream. The last token of a row is always serial.
+    target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
+    target = target[1:] + [eos]
+    return Row(*map(torch.tensor, (token, block, branch, position, target)))
+
+
+def branch_length(title, rest):
+    """Row tokens of a branch: its own, and its two tags."""
+    return 1 + len(title) + len(rest) + 1
+
+
+def serial_advance(lengths, positions):
+    """How far a block with branches of these lengths moves the serial stream on (section 3.3): by
+    all, as if they had been written one after the other, or by the longest, as in APAR. ValueError
+    for an unknown scheme."""
+    check(positions in POSITIONS, f"unknown position scheme {positions!r}, not one of {POSITIONS}")
+    return sum(lengths) if positions == "aspd" else max(lengths)
+
+
+# ---- one rule, stated twice: who sees whom ----------------------------------
 
 def branch_mask(block, branch):
-    """The branch-invisible mask (paper section 3.2): query q sees key k at or before it, unless they are in different
-    branches of one block. block, branch: (..., T) tensors -> (..., T, T) bool, True = sees."""
-    same_block = block[..., :, None] == block[..., None, :]  # serial text counts as one block, all of branch 0
+    """The branch-invisible mask of a row (section 3.2): a query sees the keys at or before it,
+    unless they are in different branches of one block.
+    block, branch: (..., T) -> (..., T, T) bool, [query, key], True = sees."""
+    same_block = block[..., :, None] == block[..., None, :]  # serial: one block, all of branch 0
     same_branch = branch[..., :, None] == branch[..., None, :]
     return (same_branch | ~same_block).tril()
 
+
+def cache_mask(slot, branch, owner):
+    """The same rule in the KV cache (section 3.4), where the tokens of live branches alternate: a
+    query sees the slots at or before its own that are shared or belong to its branch.
+    slot, branch: (T,), of the queries; owner: (S,), a slot's live branch, 0 = shared -> (T, S)."""
+    at_or_before = torch.arange(len(owner), device=owner.device) <= slot[:, None]
+    shared_or_own = (owner == 0) | (owner == branch[:, None])
+    return at_or_before & shared_or_own
+
+
+# ---- what it is worth -------------------------------------------------------
+
+@dataclass
+class Stats:
+    """One answer in figures. Tags never count as tokens."""
+    tokens: int = 0         # of the plain answer
+    steps: int = 0          # forward passes after the prompt
+    branch_tokens: int = 0  # plain tokens inside branches, titles included
+    title_tokens: int = 0
+    branches: tuple = ()    # how many, of each block
+
+    @property
+    def speedup(self):
+        """The ideal one, where a wide pass takes as long as a narrow one."""
+        return self.tokens / self.steps if self.steps else 1.0
+
+
 def stats(ids):
-    """Tokenised segments -> Stats (paper section 4.1). The steps are exactly what the engine needs."""
-    blocks, tokens = [s for s in ids if is_block(s)], len(plain(ids))
-    titles, rests = (sum(len(branch[part]) for s in blocks for branch in s) for part in (0, 1))
-    # serial text and titles, a token each; their tags; <|para|> and prefixes; the longest branch and its end; <|/para|>
-    steps = tokens - rests + sum(2 * len(s) + 1 + max(len(rest) for _, rest in s) + 1 + 1 for s in blocks)
-    return Stats(tokens, steps, [len(s) for s in blocks], titles + rests, titles, tokens / steps if steps else 1.0)
+    """Tokenised segments -> Stats (section 4.1). The steps are exactly those of the engine."""
+    s = Stats(tokens=len(plain(ids)))
+    for segment in ids:
+        if not isinstance(segment, Block):
+            s.steps += len(segment)
+            continue
+        titles = sum(len(title) for title, _ in segment)
+        rests = sum(len(rest) for _, rest in segment)
+        longest = max(len(rest) for _, rest in segment)
+        s.steps += titles + 2 * len(segment)  # serial: every title, between its tags
+        s.steps += 1                          # <|para|> with all prefixes: <|branch|> and title
+        s.steps += longest + 1                # side by side, to the <|/branch|> of the longest
+        s.steps += 1                          # <|/para|>
+        s.branch_tokens += titles + rests
+        s.title_tokens += titles
+        s.branches += (len(segment),)
+    return s
 
-def tally(total, s):
-    """Adds an answer's Stats to a Counter of sums, so that memory does not grow with the file."""
-    total.update(answers=1, speedup=s.speedup, best=max(0, s.speedup - total["best"]))
-    if s.branches:
-        total.update(PPD=1, blocks=len(s.branches), ABN=sum(s.branches), APD=s.branch_tokens / s.tokens,
-                     APE=(s.branch_tokens - s.title_tokens) / s.branch_tokens)
 
-def summary(total):
-    """A tallied Counter -> dict of the paper's figures. PPD: share of answers with a block; ABN: branches a block; APD:
-    share of a parallel answer in branches; APE: share of branch tokens not in titles; speedup: ideal, mean; best."""
-    over = {"PPD": "answers", "ABN": "blocks", "APD": "PPD", "APE": "PPD", "speedup": "answers"}
-    means = {name: total[name] / max(total[count], 1) for name, count in over.items()}
-    return {"answers": total["answers"], "best": total["best"], **means}
+class Metrics:
+    """The paper's figures over many answers, as sums: memory does not grow with their number."""
 
-if __name__ == "__main__":  # the paper's figure 3, in a terminal
+    def __init__(self):
+        self.sum = Counter()
+        self.best = 0.0
+
+    def add(self, s):
+        """Counts the Stats of an answer in."""
+        self.best = max(self.best, s.speedup)
+        self.sum.update(answers=1, speedup=s.speedup)
+        if s.branches:
+            in_rests = s.branch_tokens - s.title_tokens
+            self.sum.update(parallel=1, blocks=len(s.branches), branches=sum(s.branches))
+            self.sum.update(APD=s.branch_tokens / s.tokens, APE=in_rests / s.branch_tokens)
+
+    def figures(self):
+        """-> dict. PPD: share of answers with a block; ABN: branches a block; APD: share of such an
+        answer inside branches; APE: share of these outside titles; speedup: ideal, mean; best."""
+        answers = max(self.sum["answers"], 1)
+        parallel = max(self.sum["parallel"], 1)
+        return {
+            "answers": self.sum["answers"],
+            "PPD": self.sum["parallel"] / answers,
+            "ABN": self.sum["branches"] / max(self.sum["blocks"], 1),
+            "APD": self.sum["APD"] / parallel,
+            "APE": self.sum["APE"] / parallel,
+            "speedup": self.sum["speedup"] / answers,
+            "best": self.best,
+        }
+
+
+def main():
+    """Prints a small answer's row: the paper's figure 3, in a terminal."""
     vocab = {name: i for i, name in enumerate([*TAG_NAMES, "<eos>"])}
-    encode = lambda text: [vocab.setdefault(word, len(vocab)) for word in text.split()]  # a toy: one id a word
-    block = [Branch("1. Sleep", "1. Sleep: eight hours."), Branch("2. Move", "2. Move: walk daily.")]
+
+    def encode(text):  # a toy: one id a word
+        return [vocab.setdefault(word, len(vocab)) for word in text.split()]
+
+    block = Block([Branch("1. Sleep", ": eight hours."), Branch("2. Move", ": walk daily.")])
     ids = tokenize(["Two tips:", block, "Start today."], encode)
-    row, s = layout(encode("How to live well?"), ids, Special(*range(7))), stats(ids)
-    mask = branch_mask(torch.tensor(row.block), torch.tensor(row.branch))
-    names = {IGNORE: "-"} | {i: name for name, i in vocab.items()}
-    print(f"{'row':>3} {'token':<12} {'block':>5} {'branch':>6} {'position':>8}  {'target':<12}  sees (# yes, . no)")
-    for t, (token, block, branch, position, target) in enumerate(zip(*row)):
-        seen = "".join(".#"[k] for k in mask[t, :t + 1].int())
-        print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  {names[target]:<12}  {seen}")
-    print(f"\n{s.tokens} plain tokens in {s.steps} steps. Longer branches gain: see python data.py.")
+    row = layout(encode("How to live well?"), ids, vocab["<eos>"], Tags(*range(6)))
+    mask = branch_mask(row.block, row.branch).tolist()
+    names = {i: name for name, i in vocab.items()} | {IGNORE: "-"}
+    print("row token        block branch position  target        sees (# yes, . no)")
+    columns = zip(*(column.tolist() for column in row))
+    for t, (token, block, branch, position, target) in enumerate(columns):
+        seen = "".join(".#"[sees] for sees in mask[t][:t + 1])
+        print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
+              f"{names[target]:<12}  {seen}")
+    s = stats(ids)
+    print(f"\n{s.tokens} plain tokens in {s.steps} steps. Longer branches gain: python data.py")
+
+
+if __name__ == "__main__":
+    main()

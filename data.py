@@ -1,339 +1,652 @@
-"""Text in: loading, the extraction of parallel structure, the tokenizer, the built-in corpus and batches.
+"""Text in: extraction of parallel structure, rows and batches, loading, the tokenizer, the corpus.
 
-    python data.py                                # what the extractor finds in the built-in corpus
-    python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes the segments of all"""
+    python data.py                                # what is parallel in the built-in corpus
+    python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes all
+"""
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import signal
 import sys
 import unicodedata
-import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
-import numpy as np
 import tiktoken
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from aspd import IGNORE, Branch, Special, branch_mask, check, join, layout, stats, summary, tally, tokenize
+from aspd import (IGNORE, MAX_BRANCHES, Block, Branch, Metrics, Tags, branch_mask, check, join, layout,
+                  naming, stats, tokenize)
+from model import map_file, read_json
 
-# ---- loading: {"prompt", "response"}, Alpaca and ShareGPT, as JSON or JSON Lines 
+# ---- extraction: the outline of an answer -------------------------------------
+# Some lines open a part: a heading, a label, a list item. The outermost kind of them in a stretch
+# of lines falls into runs of siblings. A run becomes a block, or a rule says why it must not: a
+# branch may rely on the question, on the text before its block and on all titles, but not on what a
+# sibling says. Then the parts of refused runs, and the stretches between runs, are looked into in
+# the same way.
+
+GROUP_OVER = 10  # parts, at most MAX_BRANCHES; neighbours of a longer run share a branch
+MIN_SAVED = 6    # words; a smaller gain is not worth its tags
+LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
+
+NUMBER = (r"(\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
+          r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")  # "1.5" and "e.g." are none
+BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"
+# A label is a name of up to ten words, all but two of them capitalised or short. It is no sentence,
+# which only introduces what stands below it ("A good report has three properties:").
+NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
+        r"(?: [^\s:：.!?,]{1,30}){0,2}")
+SENTENCE = (
+    r"(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\b"
+    r"|[一-鿿ぁ-ヿ]{9}|[^:：\n]{0,90}(?:有|是|[以如]下"
+    r"|\b(?:is|are|was|were|ha[sd]|have|this|these|needs?|follow\w*|includ\w*|two|three|four)\b)")
+LIST = 10  # the rank of list items; what has a smaller one has its text below it
+LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
+    # name, rank (the smaller, the further out), pattern of a line and the one below it; what its
+    # group 1 finds is the notation that siblings have in common
+    ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank is the number of #
+    ("underlined heading", 1, r"(?=[^\n]*\n([-=])\1{2,}[ \t\r]*$)[^\s|]"),
+    ("bold line", 7, BOLD + r"\1[:：]?[ \t\r]*$"),
+    ("ordinal", 9, r"(\*\*|__|)(?:(?:First|Second|Third|Fourth|Fifth|Sixth)(?:ly)?\1[,:]"
+                   r"|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
+    ("number", LIST, r"((?:\*\*|__)?[(（]?)" + NUMBER),
+    ("bullet", LIST, r"([-*+–](?=[ \t]+\S)|[•‣◦▪●・](?=[ \t]*\S))"),
+    ("bold label", 8, BOLD + r"(?:[:：]\1|\1[:：])"),
+    ("label", 8, rf"()(?!{SENTENCE}){NAME}(?::(?=\s|$)|：)"),
+]]
+# What is never cut: reasoning, fences, formulas, tables. Not closed, they last to the end.
+OPAQUE = re.compile(r"""(?mx)
+    \A (?: [\s\S]*? </think> | \s* <think> [\s\S]* )
+    | ^[ \t]* (?: (`{3,}) (?!`) [^`\n]* | (~{3,}) (?!~) .* )$
+      [\s\S]*? (?: ^[ \t]* (?: \1`* | \2~* ) [ \t\r]*$ | \Z )
+    | ^[ \t]*\$\$ (?! .*\$\$ ) [\s\S]*? (?: \$\$ | \Z )
+    | ^ (?: .*\\\[[ \t\r]*$ | [ \t]*\\\[ (?! .*\\\] ) ) [\s\S]*? (?: \\\] | \Z )
+    | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*""")
+HIDDEN = "\0"  # stands for each of its characters
+MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # of a part
+CONCLUSION = (
+    r"(?i)(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In (?:short|essence|conclusion),|Overall"
+    r"|Therefore|Ultimately|Final Answer|Calculating|总结|综上|总之|(?:Explanation|Solution|Comparison"
+    r"|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
+
+
+class Mark(NamedTuple):
+    """What a line is in the outline."""
+    level: str        # a name of LEVELS, or "conclusion", "paragraph" (its first line), "text", ...
+    rank: float = 99
+    kind: tuple = ()  # level, rank, notation: what siblings have in common; empty if there are none
+    number: int = 0   # 0 where it has none
+
+
+def bare(text):
+    """A part without its marker."""
+    return text[MARKER.match(text).end():]
+
+
+def script_of(symbol, letters):
+    """The script of a number. letters: those read before, for "i" may go on from "h"."""
+    if symbol.isdecimal() or not symbol.isascii():
+        return "1" if symbol.isdecimal() else "一"
+    if not symbol.strip("ivxIVX") and chr(ord(symbol[0]) - 1) not in letters[-1:]:
+        return "I" if symbol.isupper() else "i"
+    letters.append(symbol)
+    return "A" if symbol.isupper() else "a"
+
+
+def read_mark(line, below, above, letters):
+    """The Mark of a line. below: the next; above: the level of the last; letters: see script_of."""
+    content = line.strip().strip("-=*_ \t")
+    if not content or content[0] == HIDDEN:
+        return Mark("opaque" if content else "blank")  # a rule of dashes counts as blank
+    depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2
+    for level, rank, pattern in LEVELS:
+        m = pattern.match(line.lstrip() + below)
+        if not m or depth > (6 if rank == LIST else 1):
+            continue
+        rank = rank + depth if rank == LIST else rank or len(m[1])
+        if rank < LIST and re.match(CONCLUSION, bare(line)):
+            return Mark("conclusion", rank - 0.5)  # it ends siblings of its rank
+        script = script_of(m[2], letters) if level == "number" else ""
+        return Mark(level, rank, (level, rank, m[1] + script), int(m[2]) if script == "1" else 0)
+    return Mark("paragraph", LIST + depth) if above in ("blank", "opaque") else Mark("text")
+
+
+def read_marks(text):
+    """-> the lines of a text, and their Marks."""
+    hidden = OPAQUE.sub(lambda m: re.sub(r"[^\n]", HIDDEN, m[0]), text)
+    lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
+    names = Counter(line.split(":")[0] for line in lines)
+    marks = []
+    letters = []
+    for line, below in zip(lines, [*lines[1:], ""]):
+        above = marks[-1].level if marks else "blank"
+        mark = read_mark(line, below, above, letters)
+        if "label" in mark.level:  # the fields of one thing, or of all items, are not siblings
+            if names[line.split(":")[0]] > 1 or above not in ("blank", "bullet"):
+                mark = Mark("text")
+        marks.append(mark)
+    return lines, marks
+
+
+def outermost(marks, stretch):
+    """The outermost kind that has more than one mark in a stretch of lines, or None."""
+    kinds = Counter(marks[i].kind for i in stretch if marks[i].kind)
+    return min((kind for kind, n in kinds.items() if n > 1), key=lambda kind: kind[1], default=None)
+
+
+def find_runs(lines, marks, stretch, kind):
+    """The runs of this kind, each a list: where its parts start, then the line after the last."""
+    rank = kind[1]
+    at = [i for i in stretch if marks[i].kind == kind]
+    runs = []
+    goes_on = False
+    for i, following in zip(at, [*at[1:], stretch.stop]):
+        if not goes_on or marks[i].number < marks[run[-2]].number:
+            run = [i]
+            runs.append(run)
+            allowed = 1 if rank < LIST else 0  # paragraphs that a part may hold
+        end = next((k for k in range(i + 1, following) if marks[k].rank < rank), following)
+        held = [k for k in range(i + 1, end)
+                if marks[k].level == "paragraph" and marks[k].rank <= max(rank, LIST)]
+        # More than its siblings hold, or a conclusion: the answer goes on. Only a further heading
+        # takes this back.
+        beyond = [k for n, k in enumerate(held)
+                  if n >= allowed or re.match(CONCLUSION, bare(lines[k]))]
+        is_last = end < following or following == stretch.stop
+        if beyond and len(run) > 1 and (is_last or rank >= LIST):
+            end = beyond[0]
+        run[-1:] = [i, end]
+        allowed = max(allowed, len(held))
+        goes_on = end == following
+    return [run for run in runs if len(run) > 2]
+
+
+# ---- extraction: titles and rules ---------------------------------------------
+
+LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
+WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # stands for a token
+
+
+def make_titles(parts):
+    """A title for each part: its label if short, else the fewest words that are its own."""
+    openings = []  # of each part: its first line up to the first word, up to the second, ...
+    for part in parts:
+        line = part[:80].split("\n")[0].rstrip()  # 80, for the engine gives a title 32 tokens
+        words = WORD.finditer(line, len(line) - len(bare(line)))
+        openings.append([line[:word.end()] for word in words] or [line])
+    count = Counter(bare(opening).lower() for some in openings for opening in some)
+    titles = []
+    for some in openings:
+        label = sum(not LABEL_END.search(bare(opening)) for opening in some)  # its words
+        if 0 < label <= LABEL_WORDS:
+            some = some[label - 1:]
+        titles.append(next((own for own in some if count[bare(own).lower()] == 1), some[-1]))
+    return titles
+
+
+def make_block(text, at, parts, titles):
+    """The Block of parts that start at these characters of the text."""
+    ends = [start + len(part) for start, part in zip(at, parts)]
+    size = -(-len(parts) // GROUP_OVER)  # neighbours that share a branch
+    block = Block()
+    opens = at[0]
+    for i in range(0, len(parts), size):
+        cut = at[i] + len(titles[i])
+        end = ends[i:i + size][-1]
+        block.append(Branch(text[opens:cut], text[cut:end]))
+        opens = end
+    return block
+
+
+class Siblings(NamedTuple):
+    """A run, as the rules see it."""
+    parts: list   # texts
+    titles: list
+    block: Block  # what the run would become
+    start: int    # of the first part in the answer
+    said: dict    # {word: where the answer says it first, below 0 in the prompt}
+
+    def say(self, pattern):
+        """Does a part, its marker aside, match?"""
+        return any(re.search(pattern, bare(part)) for part in self.parts)
+
+    def taken_up(self, brings, takes):
+        """How often a part takes up what one before it, but no title or text above, brings in."""
+        known = stems(WORDS, " ".join(self.titles))
+        n = 0
+        brought = set()
+        for part, title in zip(self.parts, self.titles):
+            own = stems(brings, part)
+            taken = stems(takes, part[len(title):]) & brought - known
+            if brings != takes:
+                taken -= own
+            n += sum(self.said.get(word, -1) >= self.start for word in taken)
+            brought |= own
+        return n
+
+
+def stems(pattern, text):
+    """What a pattern finds, without case and plural."""
+    return {word.lower().rstrip("s") for word in re.findall(pattern, text)}
+
+
+WORDS = r"[^\W_](?:[\w.,'-]*\w)?"
+PERFORMED = (r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
+             r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))")
+GOES_ON = (r"\A(?:(?:However|Thus|As a result|Then|Meanwhile|Now|If (?:yes|no|so))\b|(?:Next|Also),"
+           r"|然后|接着|因此|所以|但是)")
+POINTS = (r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
+          r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b|[上前]一[步项条节点]|[上前]述|如上|上記"
+          r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
+VALUE = r"\d[\d,.]*\d"
+RESULT = rf"[=≈][^\w\n]{{0,6}}({VALUE})(?!\S{{0,9}} *[-+*/])"
+IDENTIFIER = (r"\b[a-z](?=\w*(?:_\w|[a-z][A-Z][a-z]))\w+|\b(?:[A-Z][a-z]+){3}\w*"
+              r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])")
+NOUN = (r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?='s\b|[^\w '-]"
+        r"| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that|who|which)\b)")
+A_THING = rf"\b(?:[Aa]n?|one|some) {NOUN}"
+SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}) who\b"
+THE_THING = rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))"
+PERSON = r"(?<=[a-z,] )[A-Z][a-z]{3,}"
+
+
+def saves_nothing(run):
+    """saves no steps"""
+    rests = [len(WORD.findall(rest)) for _, rest in run.block]
+    # The longest rest is waited for, and the tags: two a title, <|para|>, <|/branch|>, <|/para|>.
+    return sum(rests) - max(rests) - 2 * len(rests) - 3 < MIN_SAVED
+
+
+def repeats_a_title(run):
+    """titles are not distinct"""
+    return len({bare(title).strip(" *:_").lower() for title in run.titles}) < len(run.titles)
+
+
+def skips_a_number(run):
+    """its numbers skip one that a line inside a part starts with"""
+    numbers = [int((re.match(r"\W*(\d{1,9})", part) or "00")[1]) for part in run.parts]
+    for part, low, high in zip(run.parts, numbers, numbers[1:]):
+        inside = map(int, re.findall(r"\n[^\w\n]*(\d{1,9})", part))
+        if low > 0 and any(low < number < high for number in inside):
+            return True
+    return False
+
+
+def concludes(run):
+    """works on what its siblings say"""
+    return re.match(CONCLUSION, bare(run.parts[-1]))
+
+
+def is_performed(run):
+    """is a song or a play"""
+    return run.say(PERFORMED)
+
+
+def goes_on(run):
+    """goes on from a sibling"""
+    return run.say(GOES_ON)
+
+
+def points_at_sibling(run):
+    """points at a sibling"""
+    return run.say(POINTS)
+
+
+def uses_sibling_value(run):
+    """uses a value worked out in a sibling"""
+    return run.taken_up(RESULT, VALUE) > 0
+
+
+def uses_sibling_name(run):
+    """uses a name of a sibling"""
+    return run.taken_up(IDENTIFIER, IDENTIFIER) > 0
+
+
+def takes_up_things(run):
+    """takes up things of a sibling"""
+    return run.taken_up(A_THING, THE_THING) > 1 or run.taken_up(SOMEBODY, THE_THING) > 0
+
+
+def tells_on(run):
+    """goes on with a sibling's story"""
+    episode = r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"
+    return re.match(episode, run.titles[0]) and run.taken_up(PERSON, PERSON) > 3
+
+
+RULES = [saves_nothing, repeats_a_title, skips_a_number, concludes, is_performed, goes_on,
+         points_at_sibling, uses_sibling_value, uses_sibling_name, takes_up_things, tells_on]
+
+
+def extract(text, prompt=""):
+    """An answer -> its segments (str or Block), and the refused runs as (reason, start, end).
+
+    The segments are never empty and, joined, the text, whatever it is. White space between two
+    parts opens the title of the second one; what stands below the last one is serial.
+    """
+    lines, marks = read_marks(text)
+    start = [0, *itertools.accumulate(map(len, lines))]  # of each line in the text
+    said = {}
+    for m in re.finditer(WORDS, prompt + "\n" + text):
+        said.setdefault(m[0].lower().rstrip("s"), m.start() - len(prompt) - 1)
+    blocks = {}  # by where they start
+    refusals = []
+    stretches = [range(len(lines))]
+    while stretches:
+        stretch = stretches.pop()
+        kind = outermost(marks, stretch)
+        if kind is None:
+            continue
+        runs = find_runs(lines, marks, stretch, kind)
+        for i in stretch:
+            if marks[i].kind == kind:
+                marks[i] = Mark("alone", kind[1])  # whatever becomes of it, it is done with
+        for run in runs:
+            stretches.append(range(stretch.start, run[0]))
+            stretch = range(run[-1], stretch.stop)
+            at = [start[i] for i in run]
+            parts = [text[a:b].rstrip() for a, b in zip(at, at[1:])]
+            titles = make_titles(parts)
+            block = make_block(text, at, parts, titles)
+            siblings = Siblings(parts, titles, block, at[0], said)
+            reason = next((rule.__doc__ for rule in RULES if rule(siblings)), None)
+            if reason:
+                refusals.append((reason, at[0], at[-1]))
+                stretches += map(range, run, run[1:])
+            else:
+                blocks[at[0]] = block
+        stretches.append(stretch)
+    segments = []
+    done = 0
+    for at, block in sorted(blocks.items()):
+        segments += [text[done:at], block]
+        done = at + len(join([block]))
+    return [segment for segment in [*segments, text[done:]] if segment], refusals
+
+
+# ---- rows and batches -------------------------------------------------------
+
+def split_held_out(records):
+    """-> (train, held out): the answers to 2% of the prompts, the same in every run. At least one
+    prompt is held out where there are two, none where there is one."""
+    prompts = {r["prompt"] for r in records}
+    shuffled = sorted(prompts, key=lambda prompt: random.Random(repr(prompt)).random())
+    held = set(shuffled[:max(len(prompts) // 50, 1)] if len(prompts) > 1 else ())
+    train = [r for r in records if r["prompt"] not in held]
+    return train, [r for r in records if r["prompt"] in held]
+
+
+def make_rows(records, tokenizer, config, mode="aspd"):
+    """Answers -> (list of Rows, Metrics), without those whose tagged row exceeds the context.
+
+    mode: "aspd" is tagged, "serial" the plain answer. Both leave out the same answers, so that
+    their models can be compared."""
+    tags = tokenizer.tags or Tags(*[tokenizer.eos] * 6)  # a serial model has none; as long
+    rows = []
+    metrics = Metrics()
+    for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
+        prompt = tokenizer.prompt(r["prompt"])
+        segments, _ = extract(r["response"], r["prompt"])
+        ids = tokenize(segments, tokenizer.encode)
+        row = layout(prompt, ids, tokenizer.eos, tags, config.positions)
+        if len(row.token) > config.block_size:
+            continue
+        if mode == "serial":
+            row = layout(prompt, [tokenizer.encode(r["response"])], tokenizer.eos)
+        rows.append(row)
+        metrics.add(stats(ids))
+    return rows, metrics
+
+
+def batches(lengths, batch_size, seed):
+    """Endlessly yields batches, lists of indices into lengths, in a new seeded order every epoch.
+    Rows of a batch are of like length, so that little is padded, but not always the same ones."""
+    for epoch in itertools.count():
+        rng = random.Random(f"{seed} {epoch}")
+        roughly = [length * rng.uniform(1.0, 1.2) for length in lengths]
+        order = sorted(range(len(lengths)), key=roughly.__getitem__)
+        in_order = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        rng.shuffle(in_order)
+        yield from in_order
+
+
+def collate(rows, device="cpu"):
+    """Rows -> (idx, position, mask, target), padded on the right to a multiple of 16: fewer shapes,
+    for each of which kernels are chosen, or compiled, anew.
+
+    idx, position, target: (B, T). mask: (B, 1, T, T) bool; None, causal, if no row has a block."""
+    T = math.ceil(max(len(row.token) for row in rows) / 16) * 16
+    padded = []
+    for tensors, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)):
+        tensors = [F.pad(tensor, (0, T - len(tensor)), value=fill) for tensor in tensors]
+        padded.append(torch.stack(tensors).to(device))
+    token, block, branch, position, target = padded
+    mask = branch_mask(block, branch)[:, None] if block.any() else None
+    return token, position, mask, target
+
+
+# ---- loading ----------------------------------------------------------------
+
 MAX_LINE = 64 * 2**20  # bytes
+BLANKS = b"\xef\xbb\xbf \t\r\n"  # and the byte order mark
+LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
+           '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
+USERS = {"user", "human", "prompter"}
+ASSISTANTS = {"assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"}
 
-def parse_json(raw, where):
-    """Bytes -> object. ValueError with the place for what is not JSON in UTF-8."""
+
+def parse_json(text, where):
+    """UTF-8 bytes -> object. ValueError with the place for anything else."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not JSON: {e}") from None
+        raise ValueError(f"{where}: not JSON: {e} (JSON Lines has one object a line)") from None
+
 
 def read_objects(path):
-    """Yields (place, dict) for every record of a JSON array, or of JSON Lines with one line in memory at a time."""
+    """Yields (place, dict) for every record of a JSON array, which is read whole, or of JSON Lines,
+    of which one line at a time is in memory. ValueError with the place."""
     with open(path, "rb") as f:
-        array = f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        f.seek(0)
-        records = parse_json(f.read(), path) if array else iter(lambda: f.readline(MAX_LINE + 1), b"")
-        for n, r in enumerate(records, start=1):
-            where = f"{path}, {'record' if array else 'line'} {n}"
-            check(array or len(r) <= MAX_LINE, f"{where}: longer than {MAX_LINE} bytes")
-            if array or r.strip():
-                r = r if array else parse_json(r, where)
-                check(isinstance(r, dict), f"{where}: expected an object, found {type(r).__name__}")
-                yield where, r
+        records = None
+        for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
+            where = f"{path}, line {n}"
+            text = line.strip(BLANKS)
+            if records is None and text.startswith(b"["):
+                records = parse_json(line + f.read(), where)
+            elif text:
+                check(len(line) <= MAX_LINE, f"{where}: longer than {MAX_LINE} bytes")
+                records = [parse_json(line, where)]
+            for k, r in enumerate(records if text else (), start=1):
+                where = f"{path}, line {n}, record {k}"
+                check(isinstance(r, dict), f"{where}: expected an object, not {type(r).__name__}")
+                # null and NaN, which tables write, mean "not given"
+                yield where, {name: v for name, v in r.items() if v is not None and v == v}
 
-def text_of(r, key, where):
-    """The text in a record's field. ValueError naming the fields that it has instead."""
-    fits = isinstance(r.get(key), str) and r[key].strip()
-    check(fits, f"{where}: no {key} in a record with the fields {', '.join(r) or '(none)'}")
-    return r[key]
 
-def questions_answers(r, where):
-    """Yields (prompt, answer) of a record; of a conversation every answer with the user turn before it."""
-    if "instruction" in r:
-        yield "\n\n".join(filter(None, (r["instruction"], r.get("input")))), text_of(r, "output", where)
-    elif "conversations" not in r:
-        yield text_of(r, "prompt", where), text_of(r, "response", where)
+def read_turns(record):
+    """The turns of a record as [(role, text)]; none where it is in none of the LAYOUTS."""
+    if {"prompt", "response"} <= record.keys():
+        return [("user", record["prompt"]), ("assistant", record["response"])]
+    if {"instruction", "output"} <= record.keys():
+        asked = [("user", record[name]) for name in ("instruction", "input") if name in record]
+        return [*asked, ("assistant", record["output"])]
+    turns = record.get("conversations") or record.get("messages")
+    if not isinstance(turns, list):
+        return []
+    turns = [t if isinstance(t, dict) else {} for t in turns]
+    return [(t.get("from") or t.get("role"), t.get("value") or t.get("content") or "")
+            for t in turns]
+
+
+def read_answers(record, left_out):
+    """Yields (prompt, answer) for every answer of a record, its prompt the user's turn before it.
+    Turns of one role in a row are one. Counts in left_out, by reason, what yields no answer."""
+    turns = []
+    for role, text in read_turns(record):
+        name = str(role).strip().lower()
+        if name in USERS | ASSISTANTS:
+            turns.append((name in USERS, text))
+        elif name != "system":
+            left_out[f"turn of {role!r:.40}"] += 1
+    if not turns or turns[-1][0]:
+        left_out[f"record that ends without an answer ({', '.join(record):.80})"] += 1
     prompt = ""
-    for turn in r.get("conversations", ()):
-        text = (turn.get("value") or "") + ""  # TypeError for what is not text
-        if turn.get("from") in ("human", "user"):
+    for is_user, group in itertools.groupby(turns, key=lambda turn: turn[0]):
+        texts = [text for _, text in group]
+        is_text = all(isinstance(text, str) for text in texts)
+        text = "\n\n".join(filter(str.strip, texts)) if is_text else ""
+        if is_user:
             prompt = text
-        elif turn.get("from") != "system" and text.strip():
+        elif prompt and text:
             yield prompt, text
+        else:
+            left_out["answer without text" if prompt else "answer without a prompt"] += 1
+
 
 def read_records(path):
-    """Yields {"id", "prompt", "response", ...} per answer. ValueError for a file, or a record not a chat, without."""
-    n = 0
-    for where, r in read_objects(path):
-        try:
-            pairs = list(questions_answers(r, where))
-        except (AttributeError, TypeError) as e:
-            raise ValueError(f"{where}: no prompts and answers in its fields {', '.join(r)}: {e}") from None
-        small = {"id": n, **{key: r[key] for key in ("id", "category", "model", "facts") if key in r}}
+    """Yields {"id", "prompt", "response", ...} for every answer of a file, then says on stderr what
+    was left out. ValueError for a file without an answer, and for what is not JSON."""
+    n_answers = 0
+    left_out = Counter()
+    for n, (_, r) in enumerate(read_objects(path)):
+        small = {name: r[name] for name in ("category", "model", "facts") if name in r}
+        pairs = list(read_answers(r, left_out))
+        n_answers += len(pairs)
         for k, (prompt, response) in enumerate(pairs):
-            id = f"{small['id']}-{k}" if "conversations" in r else small["id"]
-            yield {**small, "id": id, "prompt": prompt, "response": response}
-        n += len(pairs)
-    check(n, f"{path}: no usable answers")
+            own_id = r.get("id", n) if len(pairs) == 1 else f"{r.get('id', n)}-{k}"
+            yield {"id": own_id, "prompt": prompt, "response": response, **small}
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in left_out.most_common(10))
+    check(n_answers, f"{path}: no usable answers ({reasons or 'no records'}); read are {LAYOUTS}")
+    if left_out:
+        tqdm.write(printable(f"{path}: left out: {reasons}"), file=sys.stderr)
+
 
 def read_prompts(path):
-    """The {"prompt", "category"} of a file, as a list. ValueError for a record without a prompt, or for no records."""
-    prompts = [{"category": r.get("category"), "prompt": text_of(r, "prompt", at)} for at, r in read_objects(path)]
+    """The {"category", "prompt"} of a file, a list. ValueError for a record without a prompt."""
+    prompts = []
+    for where, r in read_objects(path):
+        usable = isinstance(r.get("prompt"), str) and r["prompt"].strip()
+        check(usable, f"{where}: no prompt in a record with the fields {', '.join(r)}")
+        prompts.append({"category": r.get("category"), "prompt": r["prompt"]})
     check(prompts, f"{path}: no prompts")
     return prompts
 
+
 def write_whole(path, lines):
-    """Writes the lines to a file whole or not at all; a link or a device stays what it is."""
+    """Writes lines to a file whole or not at all; a link or a device stays what it is."""
     path = Path(path).resolve()
     temporary = Path(f"{path}.tmp") if path.is_file() or not path.exists() else path
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:  # a lone surrogate becomes \ud83d
+        # a lone surrogate is written as JSON escapes it, \ud83d
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(line + "\n" for line in lines)
         temporary.replace(path)
     finally:
         Path(f"{path}.tmp").unlink(missing_ok=True)
 
+
+def printable(text):
+    """Text for a terminal: control characters, which could steer it, and surrogates escaped."""
+    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return re.sub(unsafe, lambda c: c[0].encode("unicode_escape").decode(), text)
+
+
 def cli(main):
-    """Runs a command line's main(): bad input becomes one clear line on stderr and exit code 2."""
+    """Runs a command line's main(). Bad input: one clear line on stderr and exit code 2. Ctrl-C:
+    130. Nobody reads on, as behind `| head`: a quiet end, 141."""
     try:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a lone surrogate is shown as \ud83d
-        main()
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed before the start
+        sys.stderr = sys.stderr or open(os.devnull, "w")
+        sys.stdout.reconfigure(errors="backslashreplace")  # for lone surrogates
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # fails here, if it fails, and not when Python ends
+    except BrokenPipeError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.exit(128 + 13)  # as if ended by SIGPIPE
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "compiler" not in str(e):  # --compile found none
             raise
-        print("error:", " ".join(str(e).split("\n\n")[0].split()), file=sys.stderr)
+        print("error:", printable(" ".join(str(e).split("\n\n")[0].split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
-# ---- extraction: cuts an answer into segments, loses no character, checks that branches do not need each other 
-MAX_BRANCHES = 16  # the engine's width
-GROUP_OVER = 10    # a longer list may put neighbours into one branch
-MIN_SAVED = 6      # words; a smaller gain is not worth its tags
-LABEL_WORDS = 3    # a longer label is cut to the fewest words that tell its part apart
-# structure: what opens a part, and its rank (the smaller, the further out; a list item adds its indentation)
-LEVELS = [(level, rank, re.compile(pattern, re.M)) for level, rank, pattern in [  # group 1: siblings open alike
-    ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank: how many
-    ("underlined", 1, r"(?=.*\n([-=])\1{2,}\s*$)[^\s|]"),
-    ("bold line", 7, r"(\*\*|__)[^\s*_][^*_\n]{0,100}(?:\*\*|__)[:：]?\s*$"),
-    ("number", 10, r"((?:\*\*)?[(（]?)(\d{1,3}|[ivx]{1,5}|[IVX]{1,5}|[^\W\d_])(?:[.)）．](?=\s|\*\*|[一-鿿])|、)"),
-    ("bullet", 10, r"([-*+•‣◦▪●–])[ \t]+\S"),
-    ("numbered label", 8, r"((?:\*\*|__)?[A-Z][a-z]+ )\d{1,2}(?:\*\*|__)?(?::| [-–] |\s*$)"),  # Day 1, Review 2
-    ("label", 8, r"((?:\*\*|__)?)(?!(?:Here|Note|Subject|Dear|Sure|This|And|Now|So|To|You|I)\b)[^\W\d_a-z]"
-     r"[^\s:.!?]{0,30}(?: [^\s:.!?,]{1,30}){0,7}(?::(?=\s|\*|$)|：)"),  # a name, not a sentence: eight words at most
-    ("ordinal", 9, r"()(?:(?:First|Second|Third)(?:ly)?,|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
-]]
-OPAQUE = re.compile(r"[ \t]*(?:(```|~~~)|\|)")  # code and tables are never cut
-PREFIX = re.compile(r"\W*(?:\w{1,3}[.)）．、](?=[\s*一-鿿]))?\W*")  # the marker of a part
-bare = lambda text: text[PREFIX.match(text).end():]
-LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
-WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
-WORKS_ON = (r"(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In short|Overall|Therefore|总结|Final Answer|Calculating"
-            r"|(?:Explanation|Solution|Comparison|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
 
-def read_marks(lines):
-    """(kind, rank, number) of each line: kind is a tuple if it opens a part, else "text", "opaque" or "" (blank)."""
-    marks, fenced = [], False
-    for line, below in zip(lines, [*lines[1:], ""]):
-        fence, depth = OPAQUE.match(line), len(line) - len(line.lstrip())
-        fenced ^= bool(fence and fence[1])
-        kind, rank, number = "text" if line.strip("-=*_ \t\r\n") else "", 10 + depth, 0
-        for level, outer, pattern in LEVELS if kind and not fence and not fenced and depth < 13 else ():
-            if (outer > 9 or depth < 2) and (m := pattern.match(line + below, depth)):
-                mark = m[2] if level == "number" else ""  # 3, B or iv
-                number, style = (int(mark), 1) if mark.isdecimal() else (0, mark.strip("ivxIVX") and mark.isupper())
-                kind, rank = (level, m[1], style, depth), (outer or len(m[1])) + depth * (outer > 9)
-                break
-        marks.append(("opaque" if fence or fenced else kind, rank, number))
-    return marks
+# ---- the tokenizer: byte-level BPE, computed by tiktoken --------------------
 
-def find_runs(lines, marks):
-    """Runs of sibling parts, outer ones first: the lines where parts start, the line where the last one ends."""
-    runs, stack = [], []  # stack: runs that may go on, each inside a part of the one before
-    labels = Counter(line.split(":")[0] for line in lines)
-    for i, (kind, rank, number) in enumerate(marks):
-        if rank == 8 and stack and stack[-1].rank > 9 and labels[lines[i].split(":")[0]] > 1:
-            kind = "text"  # a field that several items of a list have
-        if isinstance(kind, tuple):
-            k = next((k for k, run in enumerate(stack) if run.rank > rank or run.kind == kind), len(stack))
-            if rank < 10 and re.match(WORKS_ON, bare(lines[i]), re.I):
-                kind = None  # works on the parts before it: ends their run, and nothing joins it
-            joins = k < len(stack) and stack[k].kind == kind and number >= stack[k].number
-            for run in stack[k + joins:]:
-                run.end = min(run.end, i)
-            del stack[k + joins:]
-            if not joins:
-                runs.append(SimpleNamespace(kind=kind, rank=rank, nested=k > 0, parts=[], held=0, allowed=rank < 9))
-                stack.append(runs[-1])
-            run = stack[-1]
-            if rank < 8 and len(run.parts) == 1 and not any(mark[0] for mark in marks[run.parts[0] + 1:i]):
-                run.parts.clear()  # a first heading without a body is the title of them all
-            run.parts.append(i)
-            run.number, run.held, run.allowed, run.end = number, 0, max(run.allowed, run.held), len(lines)
-        elif kind == "text" and (i == 0 or marks[i - 1][0] in ("", "opaque")):
-            while stack and rank <= max(stack[-1].rank, 10):  # a paragraph
-                run = stack[-1]
-                run.held += 1
-                # more than its siblings hold, or a conclusion: the answer goes on; another heading would take this back
-                over = len(run.parts) > 1 and (run.held > run.allowed or re.match(WORKS_ON, lines[i], re.I))
-                run.end = min(run.end, i) if over else run.end
-                if not over or run.rank < 9:
-                    break
-                stack.pop()
-    apart = lambda run: run.kind[0] != "label" or not any(marks[i - 1][0] for i in run.parts[1:])  # else fields of one
-    return [run for run in runs if len(run.parts) > 1 and apart(run)]
+# Cuts text into words, which are encoded apart; the same to `re`, which learns, and to tiktoken.
+PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+PLAIN_FORM = [["{system}\n"], ["User: {prompt}\nAssistant:\n"]]
 
-def name_parts(parts, listed):
-    """A title for each part: its label if that is short and, in a list, its own, else the fewest words that no sibling
-    starts with."""
-    heads, titles = [], []
-    for part in parts:  # the first line up to each of its first words; something of the part stays after its title
-        line = part[:300].split("\n")[0].rstrip()
-        words = WORD.finditer(line, len(line) - len(bare(line)))
-        heads.append([line[:m.end()] for m in words if m.end() < len(part)][:16] or [line])
-    count = Counter(bare(head).lower() for openings in heads for head in openings)
-    for openings in heads:
-        label = [opening for opening in openings if not LABEL_END.search(bare(opening))]
-        unique = [opening for opening in openings if count[bare(opening).lower()] == 1 and len(bare(opening)) > 4]
-        named = 0 < len(label) <= LABEL_WORDS and not (listed and count[bare(label[-1]).lower()] > 1)
-        titles.append(label[-1] if named else [*unique, openings[-1]][0])
-    return titles
-
-# validation: a branch may rely on the question, the text before its block and all titles, not on a sibling's body
-NAME = re.compile(r"[^\W_](?:[\w.,'-]*\w)?")
-NOUN = r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?=[^\w '-]| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that)\b)"
-SAYS = [  # reason, what a part of the block says after its marker: it goes on from, or works on, what a sibling says
-    ("is a song or a play", r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
-     r"|\APanel \d|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))"),
-    ("solves an equation", r"(?m)^[ \t]*[\dxyz()][\dxyz ()+*/^.-]*=[\dxyz ()+*/^.-]*$|\A(?:Solve for|Substit)"),
-    ("steps of one recipe", r"\A[^\n]{0,400}(?:\b[Tt]he (?:\w+ )?mixture\b|\b[Pp]reheat|\bset (?:\w+ )?aside\b)"),
-    ("opens by going on", r"\A(?:However|Thus|As a result|Then|Meanwhile|Now|(?:Next|Also)(?=,)|If (?:yes|no|so))\b"),
-    ("points at a sibling", r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-     r"|\b[Rr]epeat (?:the|steps?)\b|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b"
-     r"|\bthe (?:\w+ )?above\b|上述|如上"),
-]
-PRONOUN = re.compile(r'[^\w"“]{0,9}(?:\w{1,3}[.)])?[^\w"“]{0,9}(?:They|These|Those|This|She|He|It) [a-z]')
-STEPS = re.compile(r"(?i)(?:\b(?:steps?|(?:instruc|direc)tions|procedure|process|approach|it works|how (?:you|to))\b"
-                   r"|步骤).*\s*\Z")
-BRINGS = [  # reason, what a part brings in, how a later one takes it up, how often, title of the parts
-    ("uses a value worked out in a sibling", r"[=≈][^\w\n]{0,6}(\d[\d,.]*\d)(?!\S* *[-+*/])", r"\d[\d,.]*\d", 1, ""),
-    ("uses a name of a sibling", r"(?m)^[ \t]*(?:(?:[a-z.-]+ ){0,3}(?:class|function|const|def|struct|startproject"
-     r"|startapp|mkdir) |(?=\w+ *(?:=[^=]|\()))(\w{2,})", r"\w{2,}", 1, ""),
-    ("uses a name of a sibling", *[r"\b[a-z]{2,}(?:\w*_\w+|[A-Z][a-z]\w*)|(?:[A-Z][a-z]+){3}\w*"
-     r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])"] * 2, 1, ""),
-    ("uses a name of a sibling", r"\A\W*Name: ([A-Z]\w+)", r"\b[A-Z]\w+", 1, ""),
-    ("takes up a thing of a sibling", rf"\b(?:[Aa]n?|one|some) {NOUN}", rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))", 2, ""),
-    ("goes on with a sibling's story", *[r"(?<=[a-z,] )[A-Z][a-z]{3,}"] * 2, 4,
-     r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"),
-]
-
-def dependence(parts, titles, text, start, said):
-    """Yields why a part needs another. start: of the block; said: where each word of the text is said first."""
-    if len({bare(title).strip(" *:_").lower() for title in titles}) < len(titles):
-        yield "titles are not distinct"
-    bodies = [bare(part) for part in parts]
-    if re.match(WORKS_ON, bodies[-1], re.I):  # a list item; a heading has ended its run
-        yield "works on what its siblings say"
-    yield from (reason for reason, pattern in SAYS if any(re.search(pattern, body) for body in bodies))
-    if any(map(PRONOUN.match, parts)) and not PRONOUN.match(parts[0]):  # else it stands for what the lead is about
-        yield "opens with a pronoun for a sibling"
-    if STEPS.search(text, max(0, start - 150), start) and re.match(r"[\s*(]*\w{1,3}[.)]", parts[0]):
-        if 2 * sum(bool(LABEL_END.search(body[:60].split("\n")[0])) for body in bodies) < len(parts):
-            yield "steps without names"  # their titles do not tell the others what they do
-    known = {name.lower().rstrip("s") for title in titles for name in NAME.findall(title)}
-    for reason, brings, takes_up, times, only in BRINGS:
-        brought, hits = set(), 0
-        for part, title in zip(parts, titles) if re.match(only, titles[0]) else ():
-            own = set(re.findall(brings, part))
-            taken = set(re.findall(takes_up, part[len(title):])) & brought - (set() if brings == takes_up else own)
-            hits += sum(said.get(word, -1) >= start for word in {word.lower().rstrip("s") for word in taken} - known)
-            brought |= own
-        if hits >= times:
-            yield reason
-
-def group(parts, titles):
-    """How many neighbours share a branch, 0 if no steps are saved: one, or more where the list is long."""
-    n, length, best = len(parts), [len(WORD.findall(part)) for part in parts], (MIN_SAVED, 0)
-    for size in {-(-n // count) for count in range(4, MAX_BRANCHES + 1)} if n > GROUP_OVER else {1}:
-        rest = [sum(length[i:i + size]) - len(WORD.findall(titles[i])) for i in range(0, n, size)]
-        # the longest rest is still waited for, and the tags: two a title, <|para|>, <|/para|> and one <|/branch|>
-        best = max(best, (sum(rest) - max(rest) - 2 * len(rest) - 3, size))
-    return best[1]
-
-def extract(text, prompt=""):
-    """Segments of the answer, and its refused blocks as (reason, start, end)."""
-    segments, refusals, done, said = [], [], 0, {}
-    for m in NAME.finditer(prompt + "\n" + text):  # where a word is first said; in the prompt: before 0
-        said.setdefault(m[0].lower().rstrip("s"), m.start() - len(prompt) - 1)
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    starts, marks = [0, *itertools.accumulate(map(len, lines))], read_marks(lines)
-    for run in find_runs(lines, marks):
-        while run.nested and not marks[run.end - 1][0]:  # blank lines after the last part are the outer part's
-            run.end -= 1
-        at = [starts[k] for k in [*run.parts, run.end]]
-        if at[0] < done:
-            continue
-        parts = [text[start:end] for start, end in zip(at, at[1:])]
-        titles = name_parts(parts, run.rank > 9)
-        size = group(parts, titles)
-        reason = next(dependence(parts, titles, text, at[0], said), "") if size else "saves no steps"
-        if reason:
-            refusals.append((reason, at[0], at[-1]))
-        else:
-            block = [Branch(titles[i], "".join(parts[i:i + size])) for i in range(0, len(parts), size)]
-            segments += [text[done:at[0]], block]
-            done = at[-1]
-    return [segment for segment in [*segments, text[done:]] if segment], refusals
-
-# ---- the tokenizer: a tiktoken byte-level BPE, learnt here, known by name, or read from a published tokenizer.json 
-PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"  # the same to `re`, which learns, and to tiktoken
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # and with digits one by one:
-GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
-PLAIN_FORM = [["{}\n"], ["User: {}\nAssistant:\n"]]
 
 class Tokenizer:
-    """Text <-> ids; no text becomes a special token. pattern: cuts text into words; ranks: {a token's bytes: its id and
-    merge priority}; special: the tags' ids or None; chat: forms of system text and prompt; nfc: normalise first."""
-    def __init__(self, pattern, ranks, eos, special=None, chat=PLAIN_FORM, system="", nfc=False, added=()):
-        self.settings = dict(pattern=pattern, ranks=ranks, eos=eos, special=special and tuple(special), chat=chat,
-                             system=system, nfc=nfc, added=added)  # plain values, for a checkpoint
-        self.eos, self.special, self.chat, self.system, self.nfc = eos, special and Special(*special), chat, system, nfc
-        self.encoding = tiktoken.Encoding("aspd", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    """Text <-> ids; no text ever becomes a special token.
+
+    pattern: cuts text into words. ranks: {a token's bytes: its id, also its merge priority}. eos:
+    the id that ends an answer; stop: more that do. tags: the six ids of TAG_NAMES, or None.
+    chat: the forms of a system text and of a prompt, lists of text and special ids. system: the
+    default system text. nfc: normalise text? added: {text: id}, matched before all else. taken: ids
+    that tags must not get."""
+
+    def __init__(self, pattern, ranks, eos, tags=None, stop=(), chat=PLAIN_FORM, system="",
+                 nfc=False, added={}, taken=()):
+        self.settings = dict(locals())  # plain values, for a checkpoint
+        del self.settings["self"]
+        self.eos = eos
+        self.tags = tags and Tags(*tags)
+        self.stop = {eos, *stop}
+        # what tiktoken calls special is text to us; what is special to us, tiktoken does not know
+        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens=added)
         self.bytes = {i: token for token, i in ranks.items()}
-        self.vocab_size = max(*self.bytes, eos, *(special or ())) + 1  # one more than the highest id
-        self.lacking = {b for b in range(256) if bytes([b]) not in ranks}  # rare bytes that a published one may lack
+        self.bytes |= {i: text.encode() for text, i in added.items()}
+        self.vocab_size = max(*self.bytes, *self.stop, *taken, *(tags or ())) + 1
+        self.lacking = {b for b in range(256) if bytes([b]) not in ranks}  # in some published ones
 
     def encode(self, text):
-        """str -> list of ids. What UTF-8 cannot write and characters with a lacking byte become U+FFFD."""
+        """str -> list of ids. What UTF-8 cannot write and what has a lacking byte become U+FFFD."""
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if self.settings["nfc"]:
+            text = unicodedata.normalize("NFC", text)
         if self.lacking:
             text = "".join(c if self.lacking.isdisjoint(c.encode()) else "\ufffd" for c in text)
-        return self.encoding.encode_ordinary(text)
+        return self.bpe.encode(text, allowed_special="all", disallowed_special=())
 
     def decode(self, ids):
-        """List of ids -> str; tags and end-of-text are left out, broken UTF-8 becomes U+FFFD."""
+        """List of ids -> str; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def prompt(self, text, system=None):
         """A user's text in the model's own chat form -> list of ids."""
-        system = self.system if system is None else system
-        parts = [(p, system) for p in self.chat[0] if system] + [(p, text) for p in self.chat[1]]
-        return [i for p, fill in parts for i in ([p] if isinstance(p, int) else self.encode(p.format(fill)))]
+        system = self.settings["system"] if system is None else system
+        system_form, prompt_form = self.settings["chat"]
+        ids = []
+        for part in system_form * bool(system) + prompt_form:
+            is_id = isinstance(part, int)
+            ids += [part] if is_id else self.encode(part.format(system=system, prompt=text))
+        return ids
 
     def add_tags(self):
-        """Gives the tags the first ids that neither the tokenizer nor its added tokens use -> a new Tokenizer."""
-        taken = {*self.bytes, *self.settings["added"], self.eos}
-        free = itertools.islice((i for i in itertools.count() if i not in taken), 6)
-        return Tokenizer(**self.settings | {"special": (*free, self.eos)})
+        """Gives the tags the first ids that are free -> a new Tokenizer."""
+        taken = {*self.bytes, *self.stop, *self.settings["taken"]}
+        free = (i for i in itertools.count() if i not in taken)
+        return Tokenizer(**self.settings | {"tags": tuple(itertools.islice(free, 6))})
+
 
 def learn_bpe(text, vocab_size=2048):
-    """Byte pair encoding learnt from text -> ranks. Holds each common word once, a character for each of its tokens."""
+    """Byte pair encoding learnt from text -> ranks. Holds the commonest words with their counts, a
+    word as a str that has one character for each of its tokens."""
     words = Counter(re.findall(PATTERN, text)).most_common(4000)
     words = [(word.encode("utf-8", "replace").decode("latin-1"), n) for word, n in words]
     tokens = {chr(b): bytes([b]) for b in range(256)}
@@ -342,251 +655,289 @@ def learn_bpe(text, vocab_size=2048):
         for word, n in words:
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
-        a, b = best = max(pairs, key=pairs.get, default="  ")
+        best = max(pairs, key=pairs.get, default=None)
         if pairs[best] < 2:
             break
-        tokens[new := chr(len(tokens))] = tokens[a] + tokens[b]
-        words = [(word.replace(a + b, new), n) for word, n in words]
+        new = chr(len(tokens))
+        tokens[new] = tokens[best[0]] + tokens[best[1]]
+        words = [(word.replace("".join(best), new), n) for word, n in words]
     return {token: i for i, token in enumerate(tokens.values())}
 
+
 def make_tokenizer(name, texts):
-    """"bpe": learnt from the texts; a folder: its tokenizer; else a name that tiktoken knows. With tags."""
+    """A Tokenizer with tags. name: "bpe", which is learnt from the texts, a published folder, or a
+    name that tiktoken knows."""
     if name == "bpe":
         ranks = learn_bpe("".join(itertools.islice(texts, 2000)))
         return Tokenizer(PATTERN, ranks, eos=len(ranks)).add_tags()
     if Path(name).is_dir():
         return published_tokenizer(name).add_tags()
-    encoding = tiktoken.get_encoding(name)
-    return Tokenizer(encoding._pat_str, encoding._mergeable_ranks, encoding.eot_token).add_tags()
+    known = tiktoken.get_encoding(name)
+    return Tokenizer(known._pat_str, known._mergeable_ranks, known.eot_token).add_tags()
 
-def published_tokenizer(path):
-    """A published folder -> a Tokenizer with the same ids, without tags. ValueError naming what is not supported."""
-    refuse = lambda what, unless: check(unless, f"{path}/tokenizer.json: {what} is not supported")
-    files = [Path(path, name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
-    t, config, template = [file.read_bytes() if file.exists() else b"" for file in files]
-    refuse("a tokenizer without this file (SentencePiece)", unless=t)
-    t, config = parse_json(t, files[0]), parse_json(config or b"{}", files[1])
-    refuse("a file without merges or added_tokens", unless="merges" in t.get("model", ()) and "added_tokens" in t)
-    model, added = t["model"], {a["content"]: a["id"] for a in t["added_tokens"]}
-    kind, normalizer, eos = model.get("type"), (t.get("normalizer") or {}).get("type"), config.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    template = str(template.decode() or config.get("chat_template") or "").replace(r"\\", "\\")
-    known = kind == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC")
-    refuse(f"the model {kind}, byte fallback or the normalizer {normalizer}", unless=known)
-    refuse(f"the eos_token {eos}", unless=eos in added)
-    chatml = "<|im_start|>" in template and "<|im_start|>" in added
-    refuse("a chat template other than ChatML", unless=not template or chatml)
-    refuse("a token before or after all text", unless="'SpecialToken'" not in str(t.get("post_processor")))
-    merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
-    refuse("a vocabulary in another order than the merges", unless=merged == sorted(merged))
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes every byte as a visible character:
-    hidden = [b for b in range(256) if b not in visible]             # these as themselves, the others from 256 on
-    to_byte = {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
-    ranks = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
-    chat, system = [["{}\n"], ["{}\n"]], ""
-    if template:
-        start, end = added["<|im_start|>"], added["<|im_end|>"]
-        chat = [[start, "system\n{}", end, "\n"], [start, "user\n{}", end, "\n", start, "assistant\n"]]
-        system = (re.findall(r"<\|im_start\|>system(?:\\n|\n)((?:[^'\"<{]|{})+)<\|im_end\|>", template) or [""])[0]
-    pre = t.get("pre_tokenizer") or {}  # how it cuts text into words -> a pattern that does the same
-    parts = pre.get("pretokenizers", [pre])
-    kinds, first, last = " ".join(str(p.get("type")) for p in parts), parts[0], parts[-1]
-    pattern = {"ByteLevel": GPT2, "Digits ByteLevel": first.get("individual_digits") and GPT2_DIGITS,
-               "Split ByteLevel": first.get("behavior") == "Isolated" and first["pattern"].get("Regex")}.get(kinds)
-    known = pattern and last.get("use_regex", True) == (first["type"] != "Split") and not first.get("invert")
-    refuse(f"the pre_tokenizer {parts}", unless=known and not last.get("add_prefix_space"))
-    return Tokenizer(pattern, ranks, added[eos], None, chat, system, normalizer == "NFC", list(added.values()))
 
-# ---- the built-in corpus: chat answers without tags, written by a seeded generator over a small table of facts 
-# A topic: name | what a short list gives | its column; two sentences; its things and their columns, smallest first.
-TOPICS = [[line.split("|") for line in topic.splitlines()] for topic in """\
-planets|positions|{1}
-The {1} planet from the Sun, about {2} km across at its equator.
-{0} is named after the {3}, and it is best known for {4}.
-Mercury|first|4,900|messenger of the Roman gods|its many craters and its lack of air
-Mars|fourth|6,800|Roman god of war|rusty red dust and the tallest known volcano
-Venus|second|12,100|Roman goddess of love|thick clouds and a surface hot enough to melt lead
-Earth|third|12,800|ground under our feet|wide oceans, green forests and all its living things
-Neptune|eighth|49,500|Roman god of the sea|a blue colour and very fast winds
-Uranus|seventh|51,100|Greek god of the sky|a tilt so strong that it rolls along on its side
-Saturn|sixth|121,000|Roman god of farming|wide bright rings made of ice and rock
-Jupiter|fifth|143,000|king of the Roman gods|the Great Red Spot, a storm seen for centuries
+# ---- the built-in corpus ----------------------------------------------------
+# Chat answers from one small table of facts, to watch a model learn when to open a block, and to
+# mark what it says. To "Write a numbered list of bears and goats.":
+#
+#     One by one:
+#
+#     1. **Bears**: Bears weigh about 300 kg and can live for ... Bears live in thick forests ...
+#     2. **Goats**: Goats weigh about 60 kg and can live for ... Goats live on steep rocks ...
+#
+#     Overall, goats are the lightest and bears the heaviest.
 
-countries|capitals|{2}
-A country in {1} with {2} as its capital and about {3} square km of land.
-{0} has a flag with {4}, and most visitors come for {5}.
-Iceland|northern Europe|Reykjavik|103,000|a red and white cross|volcanoes, glaciers and hot springs
-Italy|southern Europe|Rome|300,000|green, white and red stripes|Roman ruins, old paintings and fresh pasta
-Japan|East Asia|Tokyo|378,000|a red disc on white|cherry blossom, quiet temples and fast trains
-Egypt|North Africa|Cairo|1.0 million|a golden eagle|pyramids that are about 4,500 years old
-Australia|Oceania|Canberra|7.7 million|six white stars on blue|coral reefs, kangaroos and long beaches
-Brazil|South America|Brasilia|8.5 million|a starry blue globe|carnival, waterfalls and rainforest
-China|East Asia|Beijing|9.6 million|five yellow stars on red|a very long wall and giant pandas
-Canada|North America|Ottawa|10.0 million|a red maple leaf|mountain lakes, forests and ice hockey
-""".split("\n\n")]
-SOUP = ("To make the {0}:\n\n1. Wash {1} and cut them into small pieces.\n2. Fry these pieces in a large pot with a "
-        "little oil for 5 minutes.\n3. Pour 1 litre of water over the mixture and bring it to the boil.\n4. Now let "
-        "that {0} simmer until the {2} are soft, then season it with salt.\n\nEnjoy your {0}!")
-NUMBERS = "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
-VEGETABLES = "beans carrots leeks mushrooms onions peas potatoes tomatoes".split()
-FORMS = {  # opening; what stands before, between and after the sentences of a thing
-    "numbered": ("Here are the {}, one by one:", "{}. **{}**: ", " ", "\n"),
-    "bulleted": ("Here is what to know about the {}:", "- **{1}**: ", " ", "\n"),
-    "headed": ("This is a short guide to the {}.", "### **{1}**\n\n", " ", "\n\n"),
-    "labelled": ("The {} differ in several ways.", "**{1}**: ", " ", "\n\n"),
-    "nested": ("Key facts about the {}:", "- **{1}**\n  - ", "\n  - ", "\n"),
-    "short-list": ("Here are the {1}:", "- **{1}**: ", "", "\n"),
-    "prose": ("", "", " ", " "),
+ANIMALS = [line.split("|") for line in """\
+Bears|300|25|in thick forests of the far north|berries, roots, fish and honey
+Camels|600|40|in hot deserts with little water|dry grass, thorns and salty leaves
+Elephants|5000|65|in open country near wide rivers|bark, fruit and a lot of grass
+Foxes|6|5|in woods, fields and quiet gardens|mice, birds, eggs and fallen apples
+Goats|60|15|on steep rocks high in the mountains|herbs, moss and very short grass
+Hippos|1500|45|in slow rivers and muddy lakes|soft grass that they find at night
+Lions|190|13|on warm plains with long yellow grass|zebras, antelopes and young giraffes
+Wolves|40|8|in cold hills and snowy forests|deer, hares and now and then a sheep
+""".splitlines()]
+SIZE = "{0} weigh about {1} kg and can live for about {2} years in the wild."
+LIFE = "{0} live {3}, where they eat {4}."
+FORMS = {  # what a prompt calls it; how it opens; how each thing is told
+    "numbered": ("a numbered list of", "One by one:\n\n", f"{{i}}. **{{0}}**: {SIZE} {LIFE}\n"),
+    "bulleted": ("bullet points on", "Facts:\n\n", f"- **{{0}}**: {SIZE} {LIFE}\n"),
+    "headed": ("a guide to", "A short guide:\n\n", f"### {{0}}\n\n{SIZE} {LIFE}\n\n"),
+    "nested": ("a fact sheet on", "In notes:\n\n", f"- **{{0}}**\n  - {SIZE}\n  - {LIFE}\n"),
+    "prose": ("a paragraph about", "", f"{SIZE} {LIFE} "),
+    "sums": ("a running sum of", "Day by day:\n\n", "Day {i} of {0} makes {1} + {2} = {3} km.\n"),
 }
-PROMPTS = {
-    "numbered": ("Make a numbered list about {}.", "Walk me through {}, one by one.", "Give me a numbered list on {}."),
-    "bulleted": ("Tell me about {}.", "What should I know about {}?", "Give me bullet points on {}."),
-    "headed": ("Write a guide to {}.", "Write a section about each of {}.", "Write a report on {} with headings."),
-    "labelled": ("Compare {}.", "How do {} differ?", "What sets {} apart?"),
-    "nested": ("Make a fact sheet for {}.", "Give me the key facts about {}.", "Take notes on {}."),
-    "two-lists": ("Write two lists: {}; {}.", "Two topics, please: {}; {}.", "First these, then those: {}; {}."),
-    "sums": ("I walk {} km a day. How far is that in {} days?", "How many km are {} km a day for {} days?",
-             "Add up {} km a day over {} days."),
-    "steps": ("How do I make a {1} with {0}?", "Give me a {1} recipe with {0}.", "Explain how to cook a {1} with {0}."),
-    "short-list": ("What are the {1} of {0}?", "List only the {1} of {0}.", "Just the {1} of {0}, please."),
-    "prose": ("Write one paragraph about {}.", "Describe {} in a few sentences.", "Can you say a few words on {}?")}
+ASKS = ("Write {} {}.", "Give me {} {}.", "Can you make {} {}?")
 
-listing = lambda words: ", ".join(words[:-1]) + " and " + words[-1]  # ["a", "b", "c"] -> "a, b and c"
-
-def describe(topic, rows, kind):
-    """Text about things: an opening, the sentences of each, and in a list a conclusion that only the whole can tell."""
-    value, (opening, before, between, after) = topic[0][2], FORMS[kind]
-    lines = {"prose": topic[2:3], "short-list": [[value]]}.get(kind, topic[1:3])
-    text = opening.format(*topic[0]) + "\n\n"
-    for i, (name, *row) in enumerate(rows, 1):
-        sentences = [line.format(f"**{name}**" if kind == "prose" else name, *row) for line, in lines]
-        text += before.format(i, name) + between.join(sentences) + after
-    closing = f"\n\nOverall, {rows[0][0]} is the smallest and {rows[-1][0]} the largest."
-    return text.strip() + (closing if kind not in ("prose", "short-list") else "")
 
 def draw(kind, rng):
-    """(what the answer is about, the words for the prompt, the answer: things in the order of the table)."""
-    if kind == "sums":
-        km, days = rng.randrange(5, 16), rng.randrange(3, 8)
-        lines = [f"Day {day} of {days}: {km * day - km} + {km} = {km * day} km." for day in range(1, days + 1)]
-        text = "Day by day:\n\n" + "\n".join(lines) + f"\n\nIn all, that is {km * days} km."
-        return [km, days], [NUMBERS[km - 3], NUMBERS[days - 3]], text
-    if kind == "steps":
-        foods, dish = rng.sample(VEGETABLES, rng.choice((2, 3, 4))), rng.choice(("soup", "stew"))
-        bold = listing([f"the **{food}**" for food in sorted(foods)])
-        return foods, [listing(foods), dish], SOUP.format(dish, bold, max(foods))
-    sizes = {"two-lists": (3, 4), "prose": (2, 3, 4, 5)}.get(kind, (2, 3, 4, 5, 6, 7, 7, 8, 8))
-    kinds = ("bulleted", "numbered") if kind == "two-lists" else (kind,)
-    topics = sorted(rng.sample(TOPICS, len(kinds)), key=TOPICS.index)
-    picks = [rng.sample(topic[3:], rng.choice(sizes)) for topic in topics]
-    names = [[row[0] for row in rows] for rows in picks]
-    picks = [sorted(rows, key=topic.index) for topic, rows in zip(topics, picks)]
-    texts = ["Here are two lists."] * (len(kinds) - 1) + list(map(describe, topics, picks, kinds))
-    return sum(names, []), [*map(listing, names), topics[0][0][1]], "\n\n".join(texts)
+    """-> (what an answer is about, how many things that are, the answer)."""
+    _, opening, thing = FORMS[kind]
+    if kind == "sums":  # every line needs the one before, so they must stay serial
+        km = rng.randint(10, 20)
+        days = rng.randint(3, 8)
+        about = f"{km} km a day for {days} days"
+        rows = [(days, km * day, km, km * (day + 1)) for day in range(days)]
+        conclusion = f"In all, that is {km * days} km."
+    else:
+        rows = sorted(rng.sample(ANIMALS, rng.randint(2, 8)))
+        names = [row[0].lower() for row in sorted(rows, key=lambda row: int(row[1]))]
+        conclusion = f"Overall, {names[0]} are the lightest and {names[-1]} the heaviest."
+        names.sort()
+        about = ", ".join(names[:-1]) + " and " + names[-1]
+    told = "".join(thing.format(*row, i=i) for i, row in enumerate(rows, start=1))
+    return about, len(rows), opening + told.rstrip() + "\n\n" + conclusion
+
 
 def corpus(n=6000, seed=1337, split="train"):
-    """n records {"id", "category", "prompt", "response", "facts"}. In "val" a kind of answer is about other things."""
-    rng, records, kinds = random.Random(f"{split} {seed}"), [], list(PROMPTS)
-    kinds += 2 * kinds[5:] + ["prose", "short-list", "short-list"] if split == "train" else []  # they teach the most
+    """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
+    answer by. In "val" it is about things of which "train" has no answer of this kind; the longest
+    are in "train", so that every fact is."""
+    rng = random.Random(f"{split} {seed}")
+    kinds = [*FORMS, "sums"]  # they are the hardest to learn
+    records = []
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]
-        about, words, response = draw(kind, rng)
-        if (random.Random(f"{kind} {sorted(about)}").random() < 1 / 8) == (split == "val"):
-            records.append({"id": len(records), "category": kind, "prompt": rng.choice(PROMPTS[kind]).format(*words),
-                            "response": response, "facts": re.split(r"(?<=\w\w[.!]) |(?<![*\n])\n+", response)})
+        about, size, response = draw(kind, rng)
+        is_val = size < 8 and random.Random(f"{kind} {about}").random() < 1 / 8
+        if is_val == (split == "val"):
+            prompt = rng.choice(ASKS).format(FORMS[kind][0], about)
+            facts = re.findall(r"[A-Z][^\n.:*]*\.", response)
+            records.append({"id": len(records), "category": kind, "prompt": prompt,
+                            "response": response, "facts": facts})
     return records
 
-# ---- rows and batches -------------------------------------------------------
-def split_held_out(records, percent=2):
-    """(train, held out): by prompt, so that no prompt is on both sides; the same split on every run."""
-    held = [zlib.crc32(r["prompt"].encode("utf-8", "replace")) % 100 < percent for r in records]
-    return [r for r, out in zip(records, held) if not out], [r for r, out in zip(records, held) if out]
-
-def make_rows(records, tokenizer, config, mode="aspd", limit=None):
-    """(rows, tallied Stats) of answers, tagged or "serial", without those over the limit (none: context) or stride."""
-    special = tokenizer.special or Special(*[tokenizer.eos] * 7)
-    limit, rows, total = min(limit or config.block_size, config.block_size), [], Counter()
-    for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
-        prompt, ids = tokenizer.prompt(r["prompt"]), tokenize(extract(r["response"], r["prompt"])[0], tokenizer.encode)
-        try:
-            row = layout(prompt, ids, special, config.positions, config.stride)
-        except ValueError:  # a branch is longer than the stride
-            continue
-        if max(row.position.max() + 1, len(row.token)) <= limit:
-            rows.append(row if mode == "aspd" else layout(prompt, [tokenizer.encode(r["response"])], special))
-            tally(total, stats(ids))
-    return rows, total
-
-def batches(lengths, batch_size, seed):
-    """Endlessly yields batches of like length: arrays of indices into lengths (N,), in a new seeded order an epoch."""
-    n, window = len(lengths), 32 * batch_size
-    for epoch in itertools.count():
-        rng, epoch_batches = np.random.default_rng([seed, epoch]), []
-        for part in np.split(rng.permutation(n), range(window, n, window)):
-            part = part[np.argsort(lengths[part], kind="stable")]
-            epoch_batches += np.split(part, range(batch_size, len(part), batch_size))
-        yield from (epoch_batches[i] for i in rng.permutation(len(epoch_batches)))
-
-def micro_batches(rows, tokens):
-    """Rows -> lists of rows of like length, each of at most so many tokens when padded (or of one row)."""
-    rows = sorted(rows, key=lambda r: len(r.token))
-    n = max(1, tokens // (-(-len(rows[-1].token) // 16) * 16))
-    return [rows[i:i + n] for i in range(0, len(rows), n)]
-
-def collate(rows, device="cpu"):
-    """Rows -> (idx, position, mask, pick, target), padded on the right. idx, position: (B, T). mask: (B, 1, T, T) bool,
-    or None (causal) where no row has a block. pick: (N,) flat indices of all tokens with a target and a few without;
-    target: (N,). T and N are rounded up: fewer shapes, for each of which a CPU prepares its kernels, and keeps them."""
-    T = -(-max(len(r.token) for r in rows) // 16) * 16
-    token, block, branch, position, target = (
-        torch.from_numpy(np.stack([np.pad(a, (0, T - len(a)), constant_values=fill) for a in arrays])).to(device)
-        for arrays, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)))
-    mask = branch_mask(block, branch)[:, None] if block.any() else None
-    ignored = (target.flatten() == IGNORE).byte()
-    pick = ignored.argsort(stable=True)[:-(-int((1 - ignored).sum()) // 128) * 128]
-    return token, position, mask, pick, target.flatten()[pick]
 
 # ---- command line -----------------------------------------------------------
+
 def show(record, segments, refusals):
-    """Prints an answer: a bar of its own colour before every branch, its title underlined, and what was refused."""
-    paint = lambda code, s: f"\x1b[{code}m{s}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else s
-    print(paint(1, f"\n--- {record['id']}: {record['prompt'][:100]!r}"))
-    for s in segments:
-        for i, (title, text) in enumerate([("", s)] if isinstance(s, str) else s):
-            bar = "" if isinstance(s, str) else paint(31 + i % 6, "| ")
-            print(bar + paint(4, title) + text[len(title):].rstrip("\n").replace("\n", "\n" + bar))
-    for reason, start, end in refusals:
-        print(paint(2, f"    refused, {reason}: {record['response'][start:start + 60]!r}"))
+    """Prints an answer: branches behind a bar, their titles in brackets; and what was refused."""
+    print(printable(f"\n--- {record['id']}: {record['prompt'][:80]!r}"))
+    for segment in segments:
+        if isinstance(segment, Block):
+            for title, rest in segment:
+                text = f"[{title.strip()}]{rest}"
+                print(printable("| " + text.replace("\n", "\n| ")))
+        else:
+            print(printable(segment.strip("\n")))
+    for reason, start, _ in refusals:
+        print(f"    refused, {reason}: {record['response'][start:start + 60]!r}")
+
+
+def as_json(segment):
+    """A segment as the file of --out has it."""
+    if isinstance(segment, Block):
+        return {"branches": [{"title": b.title, "text": b.title + b.rest} for b in segment]}
+    return segment
+
+
+def extract_all(records, tokenizer, n_shown, metrics, refused):
+    """Yields what extract() finds in every answer, as a line of JSON; shows the first n_shown.
+    Counts their figures in metrics {category: Metrics}, the reasons of refusals in refused."""
+    for n, r in enumerate(tqdm(records, desc="answers", disable=None)):
+        segments, refusals = extract(r["response"], r["prompt"])
+        check(join(segments) == r["response"], f"answer {r['id']} does not join back")
+        if n < n_shown:
+            show(r, segments, refusals)
+        counted = stats(tokenize(segments, tokenizer.encode))
+        for category in {str(r.get("category") or "all"), "all"}:
+            metrics[category].add(counted)
+        refused.update(reason for reason, _, _ in refusals)
+        del r["response"]
+        yield json.dumps({**r, "segments": list(map(as_json, segments))}, ensure_ascii=False)
+
 
 def main():
-    """The command line: the table of what extract() finds."""
-    p = argparse.ArgumentParser(description="Finds the independent parts of answers. Next: python train.py")
-    p.add_argument("file", nargs="?", help='{"prompt", "response"}, Alpaca or ShareGPT records; none: built-in corpus')
+    """The command line: what extract() finds in a file."""
+    p = argparse.ArgumentParser(description="Finds the independent parts of answers.")
+    p.add_argument("file", nargs="?", help=f"JSON (Lines) of {LAYOUTS}; none: the built-in corpus")
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
-    p.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their blocks (default: 0)")
-    p.add_argument("--tokenizer", default="bpe", help="bpe (learnt here), a tiktoken name, or a published folder")
-    args, totals, reasons = p.parse_args(), defaultdict(Counter), Counter()  # totals: {category: tallied Counter}
-    records = lambda: read_records(args.file) if args.file else corpus()
-    tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records()))
-    def lines():
-        for n, r in enumerate(tqdm(records(), desc="answers", disable=None)):
-            segments, refusals = extract(r["response"], r["prompt"])
-            assert join(segments) == r["response"], f"answer {r['id']} does not join back"
-            if n < args.show:
-                show(r, segments, refusals)
-            for category in {str(r.get("category") or "all"), "all"}:
-                tally(totals[category], stats(tokenize(segments, tokenizer.encode)))
-            reasons.update(reason for reason, _, _ in refusals)
-            blocks = [s if isinstance(s, str) else {"branches": [b._asdict() for b in s]} for s in segments]
-            del r["response"]
-            yield json.dumps({**r, "segments": blocks}, ensure_ascii=False)
-    write_whole(args.out, lines()) if args.out else deque(lines(), maxlen=0)  # or for the figures alone
-    print(f"\n{'category':<16}{'answers':>8}{'PPD':>8}{'ABN':>8}{'APD':>8}{'APE':>8}{'speedup':>9}{'best':>7}")
-    row = "{:<16}{answers:>8}{PPD:>8.1%}{ABN:>8.2f}{APD:>8.1%}{APE:>8.1%}{speedup:>9.2f}{best:>7.2f}"
-    for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
-        print(row.format(name, **summary(total)))
-    print("\nblocks refused:" if reasons else "\nno block was refused")
-    print(*(f"{n:>8}  {reason}" for reason, n in reasons.most_common()), sep="\n")
+    p.add_argument("--show", type=int, default=0, metavar="N", help="print the first N answers")
+    p.add_argument("--tokenizer", default="bpe", help="bpe (learnt), a tiktoken name or a folder")
+    args = p.parse_args()
+
+    records = read_records(args.file) if args.file else iter(corpus())
+    first = list(itertools.islice(records, 2000))  # for the tokenizer to learn from
+    tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in first))
+    metrics = defaultdict(Metrics)
+    refused = Counter()
+    records = itertools.chain(first, records)
+    write_whole(args.out or os.devnull,
+                extract_all(records, tokenizer, args.show, metrics, refused))
+
+    print("\ncategory         answers    PPD    ABN    APD    APE  speedup   best")
+    row = "{:16}{answers:>8}{PPD:>7.0%}{ABN:>7.2f}{APD:>7.0%}{APE:>7.0%}{speedup:>9.2f}{best:>7.2f}"
+    for category in sorted(metrics, key=lambda name: name == "all"):
+        print(row.format(printable(category), **metrics[category].figures()))
+    print("\nblocks refused:" if refused else "\nno block was refused")
+    for reason, n in refused.most_common():
+        print(f"{n:>8}  {reason}")
+
+
+
+# ---- published tokenizers ---------------------------------------------------
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after digits have been split off, one by one, as in SmolLM2.
+DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+# Vocabularies write a byte as the character of that number or, if that is not visible, as one from
+# 256 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in VISIBLE]
+TO_BYTE = {chr(b): b for b in VISIBLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
+CHATML = {  # SHA-256 of the chat templates that are known -> the system text that they default to
+    "872be49dbb638044": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "793202280c0910ab": "You are a helpful assistant.",  # Qwen2
+    "44d5f08f3f72b837": "You are a helpful assistant.",  # Qwen2.5
+    "cd8e9439f0570856": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "153280e3ff55d19d": "",                              # plain ChatML
+}
+
+
+def published_tokenizer(path):
+    """The tokenizer of a published folder, without tags: same ids, same prompts. ValueError, by
+    name, for what would change them and is not implemented."""
+    t = read_json(Path(path, "tokenizer.json"))
+    with naming(f"{path}/tokenizer.json"):
+        tokens = t["added_tokens"]
+        special = {a["content"]: a["id"] for a in tokens if a["special"]}
+        added = {a["content"]: a["id"] for a in tokens if not a["special"]}  # text, matched first
+        odd = [a["content"] for a in tokens if a["single_word"] or a["lstrip"] or a["rstrip"]]
+        odd += [a for a in added for b in special | added if a != b and a in b]
+        check(not odd, f"added tokens that take blanks away or are part of others: {odd}")
+        ranks = read_ranks(t["model"], special | added)
+        pattern = word_pattern(t["pre_tokenizer"] or {})
+        normalizer = (t["normalizer"] or {}).get("type")
+        check(normalizer in (None, "NFC"), f"the normalizer {normalizer} is not supported")
+        adds = re.search("'(SpecialToken|sep)'", str(t["post_processor"]))
+        check(not adds, "a token before or after all text is not supported")
+    with naming(path):
+        config = read_json(Path(path, "tokenizer_config.json"))
+        eos, *stop = end_ids(path, config, special)
+        chat, system = chat_form(path, config, special)
+        return Tokenizer(pattern, ranks, eos, None, stop, chat, system, normalizer == "NFC", added,
+                         taken=list(special.values()))
+
+
+def read_ranks(model, added):
+    """The BPE model of a tokenizer.json -> ranks. added: the tokens that are not of the BPE.
+
+    tiktoken joins the neighbours that make a token, the one with the lowest id first. That is what
+    the merges say if ids are in their order and every token comes out of its own merges."""
+    names = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    odd = {name: model[name] for name in names if model.get(name)}
+    check(model["type"] == "BPE" and not odd, f"a {model['type']} with {odd} is not supported")
+    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+    ids = {*model["vocab"].values(), *added.values()}
+    check(len(ids) == len(vocab) + len(added), "two tokens have one id, or one token has two")
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    for merge in merges:
+        known = len(merge) == 2 and {*merge, "".join(merge)} <= vocab.keys()
+        check(known, f"the merge {merge} does not make a token of two tokens")
+    merged = [vocab[a + b] for a, b in merges]
+    check(merged == sorted(merged), "ids in another order than the merges are not supported")
+    order = {merge: n for n, merge in enumerate(merges)}
+    for token in vocab:
+        own = apply_merges(token, order) == [token] and set(token) <= TO_BYTE.keys()
+        check(own, f"the token {token!r} does not come out of its bytes and their merges")
+    return {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+
+
+def apply_merges(token, order):
+    """Byte pair encoding by the book: joins the neighbours that come first in order, and again."""
+    parts = list(token)
+    while True:
+        pairs = list(zip(parts, parts[1:]))
+        first = min(pairs, key=lambda pair: order.get(pair, len(order)), default=None)
+        if first not in order:
+            return parts
+        i = pairs.index(first)
+        parts[i:i + 2] = ["".join(first)]
+
+
+def word_pattern(pre):
+    """The pre_tokenizer of a tokenizer.json cuts text into words -> a pattern that does it."""
+    *before, last = pre.get("pretokenizers", [pre])
+    kinds = [part.get("type") for part in [*before, last]]
+    kinds += [last.get("use_regex"), last.get("add_prefix_space")]
+    if kinds == ["ByteLevel", True, False]:
+        return GPT2
+    if kinds == ["Digits", "ByteLevel", True, False] and before[0]["individual_digits"]:
+        return DIGITS
+    if kinds == ["Split", "ByteLevel", False, False] and before[0]["behavior"] == "Isolated":
+        return before[0]["pattern"]["Regex"]
+    raise ValueError(f"the pre_tokenizer {pre} is not supported")
+
+
+def end_ids(path, config, special):
+    """-> the id that ends an answer in training, then all that end one."""
+    eos = config.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    check(eos in special, f"tokenizer_config.json: the eos_token {eos!r} is no special token")
+    ids = [special[eos]]
+    for file in Path(path).glob("*config.json"):
+        more = read_json(file).get("eos_token_id")
+        ids += more if isinstance(more, list) else [more]
+    return [i for i in ids if i is not None]
+
+
+def chat_form(path, config, special):
+    """-> the forms of a system text and of a prompt, and the default system text."""
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, each with its name
+        template = {named["name"]: named["template"] for named in template}["default"]
+    file = Path(path, "chat_template.jinja")
+    if file.exists():
+        template = map_file(file)[:].decode()
+    if not template:
+        return [["{system}\n"], ["{prompt}\n"]], ""
+    digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+    check(digest in CHATML, f"its chat template, of SHA-256 {digest}, is not supported")
+    start = special["<|im_start|>"]
+    end = special["<|im_end|>"]
+    prompt_form = [start, "user\n{prompt}", end, "\n", start, "assistant\n"]
+    return [[start, "system\n{system}", end, "\n"], prompt_form], CHATML[digest]
+
 
 if __name__ == "__main__":
     cli(main)

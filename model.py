@@ -1,38 +1,221 @@
-"""A GPT in the shape of Llama and Qwen2: RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional qkv bias,
-tied or untied head. Positions and mask are given explicitly, because sibling branches share their positions and do not
-see each other. With a KVCache the same forward pass serves prefill, prefixes and decoding: keys and values are written
-at explicit slots, and the mask says which slots a query sees. Nothing advances in secret.
-Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size."""
+"""A GPT in the shape of Llama and Qwen2, with modules named as in their published folders.
+
+RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied or untied head.
+Two things are unusual. Positions and mask are given explicitly, because sibling branches share
+their positions and do not see each other. And the KV cache is written at explicit slots: one
+forward pass serves prefill, prefixes and parallel steps, and nothing advances in secret.
+
+Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size,
+V vocab_size.
+"""
 import json
+import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from aspd import IGNORE, check
+from aspd import check, naming
 
-FORMAT = "aspd-1"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
+ONEDNN = torch.backends.mkldnn.is_available()
+FORMAT = "aspd-2"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
+
 
 @dataclass
 class GPTConfig:
     """The shape of a model; the defaults have about the size of GPT-2."""
-    block_size: int = 1024      # context: positions and row tokens at most
-    vocab_size: int = 50304     # rows of the embedding, tags and padding included
+    block_size: int = 1024        # context: positions and row tokens at most
+    vocab_size: int = 50304       # rows of the embedding, tags and padding included
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int = 12         # = n_head: multi-head attention; fewer: grouped-query attention
+    n_kv_head: int = 12           # fewer than n_head: grouped-query attention
     n_embd: int = 768
-    n_inner: int = 2048         # width of the SwiGLU layer
+    n_inner: int = 2048           # width of the SwiGLU layer
     head_size: int = 64
-    rope_theta: float = 500000.0  # large, as in Llama 3: what a token is counts more than how far away it is
+    rope_theta: float = 500000.0  # large, as in Llama 3: what a token is counts more than how far
     norm_eps: float = 1e-5
-    qkv_bias: bool = False      # True in Qwen2
-    tied: bool = True           # the head shares the embedding's weights
-    positions: str = "aspd"     # position scheme of the branches: aspd, longest or stride (aspd.branch_positions)
-    stride: int = 256           # under "stride": distance of the branches' starts, and their longest length
+    qkv_bias: bool = False        # True in Qwen2
+    tied: bool = True             # the head shares the embedding's weights
+    positions: str = "aspd"       # how the serial stream goes on after a block (aspd.POSITIONS)
+
+
+def rope(position, head_size, theta):
+    """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each."""
+    even = torch.arange(0, head_size, 2, device=position.device)
+    frequency = theta ** -(even / head_size)             # (hs/2,)
+    angle = position[:, None, :, None] * frequency       # (B, 1, T, hs/2)
+    angle = torch.cat((angle, angle), dim=-1)            # both halves of a head turn alike
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns queries or keys, (B, heads, T, hs), by their positions."""
+    x1, x2 = x.chunk(2, dim=-1)
+    turned = torch.cat((-x2, x1), dim=-1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+def attend(q, k, v, mask):
+    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs). mask: None is causal,
+    else additive, (..., nh/nkv T, S), since the heads of a key group are folded into the queries:
+    so the group reads every key once, and torch's masked kernels for CUDA know no groups."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, nh/nkv T, hs)
+    return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+
+
+def linear(x, weight, bias=None):
+    """F.linear. Decoding in float32 on a CPU goes to oneDNN, to which torch sends bfloat16 alone:
+    for few tokens that takes two thirds of the time."""
+    decoding = not weight.requires_grad and not torch.compiler.is_compiling()
+    if decoding and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class KVCache(nn.Module):
+    """One layer's keys and values of one answer: buffers that are written in place."""
+
+    def __init__(self, config, slots, dtype, device):
+        super().__init__()
+        shape = (1, config.n_kv_head, slots, config.head_size)
+        for name in ("k", "v"):
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            self.register_buffer(name, zeros, persistent=False)
+
+    def update(self, k, v, slot, seen):
+        """Writes k, v (1, nkv, T, hs) at slot (T,); returns those of the first `seen` slots."""
+        self.k[:, :, slot] = k
+        self.v[:, :, slot] = v
+        return self.k[:, :, :seen], self.v[:, :, :seen]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, hs, bias = config.n_embd, config.head_size, config.qkv_bias
+        self.head_size = hs
+        self.q_proj = Linear(C, config.n_head * hs, bias=bias)
+        self.k_proj = Linear(C, config.n_kv_head * hs, bias=bias)
+        self.v_proj = Linear(C, config.n_kv_head * hs, bias=bias)
+        self.o_proj = Linear(config.n_head * hs, C, bias=False)
+        self.cache = None
+
+    def forward(self, x, cos, sin, mask, slot):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
+        v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        if slot is not None:
+            k, v = self.cache.update(k, v, slot, seen=mask.size(-1))       # (1, nkv, S, hs)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, slot):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, slot)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    """Embedding, layers, norm and head; see forward for the shapes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            norm=nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+        ))
+        self.register_buffer("owner", None, persistent=False)  # (slots,): see cache_mask
+        if not config.tied:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=self.initial_std(name, fan_in=p.size(1)))
+
+    def initial_std(self, name, fan_in):
+        if "embed_tokens" in name:
+            return 0.1  # five times GPT-2's: a small model must first tell tokens apart
+        std = fan_in ** -0.5  # unit variance stays unit variance
+        if "o_proj" in name or "down_proj" in name:  # what adds to the residual stream starts small
+            std *= (2 * self.config.n_layer) ** -0.5
+        return std
+
+    def setup_cache(self, slots):
+        """Makes room for `slots` tokens of one answer, if there is not as much already."""
+        weight = self.model.embed_tokens.weight
+        if self.owner is None or len(self.owner) < slots:
+            for layer in self.model.layers:
+                layer.self_attn.cache = KVCache(self.config, slots, weight.dtype, weight.device)
+            self.owner = torch.zeros(slots, dtype=torch.int64, device=weight.device)
+        self.owner.zero_()
+
+    def forward(self, idx, position, mask=None, slot=None, pick=None):
+        """idx, position: (B, T). mask: bool, True = sees, (B, 1, T, T) or (T, S); None = causal.
+        slot: (T,), where the cache takes the keys and values; the first S slots are read; B = 1.
+        pick: flat indices of the tokens whose logits are wanted -> logits (len(pick), V), without
+        pick (B, T, V)."""
+        x = self.model.embed_tokens(idx)  # (B, T, C)
+        cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
+        if mask is not None:  # additive, and folded as attend() wants it, once for all layers
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+            mask = torch.cat([mask] * (self.config.n_head // self.config.n_kv_head), dim=-2)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, mask, slot)
+        x = self.model.norm(x)
+        if pick is not None:
+            x = x.flatten(0, 1)[pick]     # (len(pick), C)
+        head = self.model.embed_tokens if self.config.tied else self.lm_head
+        return linear(x, head.weight)
+
+    @torch.no_grad()
+    def grow(self, vocab_size, start):
+        """Gives embedding and head at least vocab_size rows. start: {id: ids of old tokens}; that
+        row starts at the mean of theirs."""
+        rows = self.config.vocab_size
+        if vocab_size > rows:
+            self.config.vocab_size = -(-vocab_size // 64) * 64  # a round number is faster
+        for table in (self.model.embed_tokens, getattr(self, "lm_head", None)):
+            if table is not None:
+                weight = F.pad(table.weight, (0, 0, 0, self.config.vocab_size - rows))
+                for new, old in start.items():
+                    weight[new] = weight[old].mean(0)
+                table.weight = nn.Parameter(weight)
+
+
+# ---- devices and checkpoints ------------------------------------------------
 
 def check_device(device):
     """ValueError unless a device such as "cpu" or "cuda:1" is there."""
@@ -41,228 +224,152 @@ def check_device(device):
     except (AssertionError, RuntimeError) as e:  # the first where torch was built without CUDA
         raise ValueError(f"device {device!r}: {e}") from None
 
+
 def fast_dtype(device):
-    """"bfloat16" on a GPU and on CPUs with AVX-512, else "float32": others are a hundred times slower in bfloat16."""
-    slow = torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    return "float32" if slow else "bfloat16"
+    """"bfloat16" on a GPU and on CPUs with AVX-512, else "float32": other CPUs are a hundred times
+    slower in bfloat16."""
+    on_cpu = torch.device(device).type == "cpu"
+    fast = not on_cpu or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bfloat16" if fast else "float32"
 
-class KVCache:
-    """Keys and values of one answer. One slot more than asked for takes what padding queries write."""
-    def __init__(self, config, slots, dtype, device):
-        # a tensor a layer: torch.compile writes into that in place, but would copy all of a tensor that layers share
-        shape, self.slots = (1, config.n_kv_head, slots + 1, config.head_size), slots
-        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in "kv")
-        self.owner = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # a slot's live branch; 0: shared
-
-    def mask(self, slot, branch, seen):
-        """(T, seen) bool: a query at slot t sees slot k iff k <= t and owner[k] is 0 or the query's own branch."""
-        owner = self.owner[:seen]
-        return (torch.arange(seen, device=owner.device) <= slot[:, None]) & ((owner == 0) | (owner == branch[:, None]))
-
-def linear(x, layer):
-    """x (..., C) through a Linear or a tied Embedding; for few tokens on a CPU so that weights are read only once."""
-    weight, bias, n = layer.weight, getattr(layer, "bias", None), x.numel() // x.size(-1)
-    few = n <= 16 and x.device.type == "cpu" and not (weight.requires_grad or torch.compiler.is_compiling())
-    if few and weight.dtype == torch.bfloat16:  # packs the right operand anew: let it be the tokens, two at least
-        y = (weight @ x.reshape(n, -1).expand(max(n, 2), -1).t())[:, :n].t()
-    elif few and n > 3 and len(weight) % 64 == 0 and weight.numel() > 2**19:
-        parts = weight.view(-1, 64, weight.size(1)).transpose(1, 2)  # 64 rows stay in a core's cache
-        y = (x.reshape(n, -1).expand(len(parts), -1, -1) @ parts).transpose(0, 1)
-    else:
-        return F.linear(x, weight, bias)
-    return y.reshape(*x.shape[:-1], -1) + (0 if bias is None else bias)
-
-def grouped_attention(q, k, v, mask):
-    """q (B, nh, T, hs); mask: additive, (..., nh/nkv T, S), since the heads of a key group are folded into the queries,
-    so that the group reads each of the first S keys once."""
-    S, grouped = mask.size(-1), q.reshape(*k.shape[:2], -1, k.size(-1))
-    y = F.scaled_dot_product_attention(grouped, k[:, :, :S], v[:, :, :S], mask)
-    return y.reshape(q.shape)
-
-class Block(nn.Module):
-    """A layer: attention, then a SwiGLU layer, each behind its norm."""
-    def __init__(self, config):
-        super().__init__()
-        C, I, hs = config.n_embd, config.n_inner, config.head_size
-        self.sizes, self.head_size = [config.n_head, config.n_kv_head, config.n_kv_head], hs
-        self.ln_1 = nn.RMSNorm(C, eps=config.norm_eps)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, sum(self.sizes) * hs, bias=config.qkv_bias),
-                                   "c_proj": nn.Linear(config.n_head * hs, C, bias=False)})
-        self.ln_2 = nn.RMSNorm(C, eps=config.norm_eps)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 2 * I, bias=False), "c_proj": nn.Linear(I, C, bias=False)})
-
-    def forward(self, x, cos, sin, masks, kv=None, slot=None):
-        B, T, hs = *x.shape[:2], self.head_size
-        qkv = linear(self.ln_1(x), self.attn.c_attn).view(B, T, -1, hs).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        qk, v = qkv.split([self.sizes[0] + self.sizes[1], self.sizes[2]], dim=1)
-        x1, x2 = qk.chunk(2, dim=-1)
-        qk = qk * cos + torch.cat((-x2, x1), dim=-1) * sin  # rotary positions
-        q, k = qk.split(self.sizes[:2], dim=1)
-        if kv is not None:
-            kv[0][:, :, slot], kv[1][:, :, slot] = k, v
-            k, v = kv
-        if masks is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            y = torch.cat([grouped_attention(q[:, :, rows], k, v, mask) for rows, mask in masks], dim=2)
-        x = x + linear(y.transpose(1, 2).reshape(B, T, -1), self.attn.c_proj)
-        gate, up = linear(self.ln_2(x), self.mlp.c_fc).chunk(2, dim=-1)  # both from one product
-        return x + linear(F.silu(gate) * up, self.mlp.c_proj)
-
-class HeadLoss(torch.autograd.Function):
-    """Head and summed cross-entropy in one: x (N, C), weight (V, C), target (N,) ids or IGNORE. Finds the gradients on
-    the way, a quarter of the tokens at a time and in place: the logits of all would take most of the memory."""
-    @staticmethod
-    def forward(ctx, x, weight, target):
-        w, dx, dw, loss = weight.to(x.dtype), [], torch.zeros_like(weight), 0
-        for part, t in zip(x.chunk(4), target.chunk(4)):
-            logp = (part @ w.t()).float().log_softmax(-1)
-            loss = loss + F.nll_loss(logp, t, ignore_index=IGNORE, reduction="sum")
-            logp.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1  # is the gradient now
-            dlogits = logp.mul_((t != IGNORE)[:, None]).to(w.dtype)
-            dx.append(dlogits @ w)
-            dw += dlogits.t() @ part
-        ctx.save_for_backward(torch.cat(dx), dw)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(grad * d for d in ctx.saved_tensors), None
-
-class GPT(nn.Module):
-    """Embedding, layers, norm and head; see forward for the shapes."""
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:  # unit variance stays unit variance, but what adds to the residual stream starts small;
-                # wte is five times GPT-2's: a small model must tell tokens apart before its layers do anything
-                scale = (2 * config.n_layer) ** -0.5 if "c_proj" in name else 1
-                nn.init.normal_(p, std=0.1 if "wte" in name else p.size(1) ** -0.5 * scale)
-
-    def forward(self, idx, position, mask=None, cache=None, slot=None, pick=None, target=None):
-        """idx, position: (B, T). mask: bool, True = sees, broadcastable to (B, 1, T, S); None = plain causal; without a
-        cache no token sees a later one. cache, slot (T,): write keys and values there, read as many slots as the mask
-        (T, S) is wide; B = 1. pick: flat indices of the tokens whose logits are wanted. Returns logits (len(pick), V);
-        without pick (B, T, V); with the picked tokens' target (len(pick),) their summed cross-entropy instead."""
-        config, x = self.config, self.wte(idx)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_size, 2, device=x.device) / config.head_size)
-        angle = position[:, None, :, None] * frequency.repeat(2)  # (B, 1, T, hs), both halves of a head alike
-        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        masks, T, groups = None, idx.size(1), config.n_head // config.n_kv_head
-        if mask is not None:  # additive, once for all layers; without a cache in four parts, that skip later keys
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-            cuts = [0, T] if cache else [*(i * T // 64 * 16 for i in range(4)), T]
-            masks = [(slice(a, b), torch.cat([mask[..., a:b, :None if cache else b]] * groups, dim=-2))
-                     for a, b in zip(cuts, cuts[1:]) if a < b]
-        for i, block in enumerate(self.h):
-            x = block(x, cos, sin, masks, cache and (cache.k[i], cache.v[i]), slot)
-        x, head = self.ln_f(x if pick is None else x.flatten(0, 1)[pick]), self.lm_head or self.wte
-        return linear(x, head) if target is None else HeadLoss.apply(x.to(dtype), head.weight, target)
-
-    @torch.no_grad()
-    def grow(self, vocab_size, new):
-        """Gives the model at least vocab_size embedding rows and starts the rows `new` at the mean of the others."""
-        rows = self.config.vocab_size
-        self.config.vocab_size = rows if rows >= vocab_size else -(-vocab_size // 64) * 64  # round: fast
-        for module in filter(None, (self.wte, self.lm_head)):
-            old = module.weight[[i for i in range(rows) if i not in new]]
-            module.weight = nn.Parameter(F.pad(module.weight, (0, 0, 0, self.config.vocab_size - rows)))
-            module.weight[new] = old.float().mean(0).to(old.dtype)
 
 def save_checkpoint(out_dir, **state):
-    """Writes out_dir/ckpt.pt whole or not at all: a new file first, which then replaces the old one in one step."""
+    """Writes out_dir/ckpt.pt whole or not at all: a new file, which then replaces the old one."""
     path = Path(out_dir, "ckpt.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"format": FORMAT, **state}, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
+
 def read_checkpoint(out_dir):
-    """The dict that save_checkpoint wrote. ValueError when it is missing, cut off or not ours; runs no code from it."""
+    """The dict that save_checkpoint wrote; runs no code from it. ValueError when it is missing, cut
+    off or of another format."""
     path = Path(out_dir, "ckpt.pt")
-    check(path.exists(), f"no checkpoint at {path}: run `python train.py --out-dir {out_dir}` first")
+    check(path.exists(), f"no {path}: first run `python train.py --out-dir {out_dir}`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check(state["format"] == FORMAT, f"its format is {state['format']}")
         return state
     except Exception as e:  # torch.load raises many kinds
-        raise ValueError(f"{path} is cut off or not a checkpoint of this version, {FORMAT}: {e!r:.200}") from None
+        raise ValueError(f"{path} is cut off or not of format {FORMAT}: {e!r:.200}") from None
+
 
 def from_checkpoint(state, where="checkpoint"):
-    """The model of a checkpoint's dict. ValueError naming a setting or a tensor that is not ours."""
-    unknown = state["config"].keys() - vars(GPTConfig())
-    check(not unknown, f"{where} is not a checkpoint of this version: unknown settings {unknown}")
-    return build(GPTConfig(**state["config"]), state["model"], where)
-
-PUBLISHED_NAMES = {  # our modules, and those of published Llama and Qwen2 checkpoints that, joined, make them
-    "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm", "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-SUPPORTED = {  # config.json settings that change the result, and the values that are implemented (None: not set)
-    "model_type": ("llama", "qwen2"), "hidden_act": ("silu",), "num_local_experts": (None,), "mlp_bias": (None, False),
-    "rope_type": (None, "default"), "partial_rotary_factor": (None, 1.0), "layer_types": (None, ["full_attention"]),
-    "attention_bias": (None, False), "use_sliding_window": (None, False), "quantization_config": (None,)}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-def build(config, weights, where, published=False):
-    """A GPT with a dict of tensors for weights. ValueError naming a tensor that is missing, misshapen or unknown."""
+    """The model of a checkpoint's dict. ValueError naming a setting or tensor that does not fit."""
+    unknown = sorted(state["config"].keys() - vars(GPTConfig()))
+    check(not unknown, f"{where} is no checkpoint of format {FORMAT}: unknown settings {unknown}")
     with torch.device("meta"):
-        model = GPT(config)
-    state, left = {}, dict(weights)
-    for name, empty in model.state_dict().items():
-        names = [name]
-        if published:  # h.3.mlp.c_fc.weight -> model.layers.3.mlp.gate_proj.weight, model.layers.3.mlp.up_proj.weight
-            ours = next(module for module in PUBLISHED_NAMES if module in name)
-            names = [name.replace(ours, part).replace("h.", "model.layers.") for part in PUBLISHED_NAMES[ours].split()]
-        for part in names:
-            check(isinstance(left.get(part), torch.Tensor), f"{where}: the tensor {part} is missing")
-        parts = [left.pop(part) for part in names]
-        state[name] = w = torch.cat(parts) if len(parts) > 1 else parts[0]
-        check(w.shape == empty.shape, f"{where}: {' + '.join(names)} should be {[*empty.shape]}, is {[*w.shape]}")
-    check(not left, f"{where}: the tensor {min(left, default='')} is not part of such a model")
-    model.load_state_dict(state, assign=True)
+        model = GPT(GPTConfig(**state["config"]))
+    load_weights(model, state["model"], where)
     return model
 
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes header length, a JSON header, raw tensors."""
-    tensors, where = {}, "header"
-    try:
-        data = np.memmap(path, np.uint8, mode="c")  # changes stay in memory
-        n = int.from_bytes(data[:8].tobytes(), "little")
-        check(n <= len(data) - 8, f"{n} bytes do not fit a file of {len(data)}")
-        header, data = json.loads(data[8:8 + n].tobytes()), data[8 + n:]
-        header.pop("__metadata__", None)
-        for name, t in header.items():
-            where = f"tensor {name} = {t}"
-            dtype, (begin, end) = DTYPES[t["dtype"]], t["data_offsets"]
-            raw = torch.from_numpy(data[begin:end].view(f"i{dtype.itemsize}"))
-            tensors[name] = raw.view(dtype).view(t["shape"])  # fails where the size is another
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: {where}: {e!r}") from None
-    return tensors
+
+# ---- published folders ------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SUPPORTED = {  # settings that change the result: the values that are implemented (None: not set)
+    "model_type": ("llama", "qwen2"), "auto_map": (None,), "hidden_act": ("silu",),
+    "attention_bias": (None, False), "mlp_bias": (None, False), "num_local_experts": (None,),
+    "use_sliding_window": (None, False), "quantization_config": (None,),
+    # how rotary positions are scaled, by its older and its newer name; and for one kind of layer
+    "type": (None, "default"), "rope_type": (None, "default"), "full_attention": (None,),
+    "partial_rotary_factor": (None, 1.0),
+}
+
 
 def from_published(path):
-    """The model in a published folder. ValueError, by name, for all that would change the result and is not built."""
-    try:
-        c = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
-        rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # older and newer configs differ
-        c = c | {"rope_type": rope.get("type"), **rope, "layer_types": sorted(set(c.get("layer_types") or [])) or None}
-        for key, values in SUPPORTED.items():
-            check(c.get(key) in values, f"{path}/config.json: {key} = {c.get(key)!r} is not supported")
-        n_head, n_embd, tied = c["num_attention_heads"], c["hidden_size"], bool(c.get("tie_word_embeddings"))
-        config = GPTConfig(
-            block_size=c["max_position_embeddings"], vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"],
-            n_head=n_head, n_kv_head=c.get("num_key_value_heads") or n_head, n_embd=n_embd, norm_eps=c["rms_norm_eps"],
-            head_size=c.get("head_dim") or n_embd // n_head, rope_theta=float(c.get("rope_theta") or 10000),
-            n_inner=c["intermediate_size"], qkv_bias=c["model_type"] == "qwen2", tied=tied)
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}/config.json: not understood: {e!r}") from None
-    unused = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * tied  # in old files; a copy of the embedding
+    """The model of a published Llama or Qwen2 folder. ValueError, by name, for what would change
+    the result and is not implemented, and for tensors that are missing, unknown or misshapen."""
+    where = Path(path, "config.json")
+    settings = read_json(where)
+    with naming(where), torch.device("meta"):
+        model = GPT(published_config(settings))
+    unused = ["rotary_emb.inv_freq"]     # in old files
+    if model.config.tied:
+        unused.append("lm_head.weight")  # a copy of the embedding
+    weights = read_weights(path)
+    weights = {name: w for name, w in weights.items() if not name.endswith(tuple(unused))}
+    load_weights(model, weights, path)
+    return model
+
+
+def published_config(settings):
+    """What a config.json holds -> GPTConfig. Rotary positions have moved in it over the years."""
+    c = {}
+    for place in (settings, settings.get("rope_scaling"), settings.get("rope_parameters")):
+        c |= {name: value for name, value in (place or {}).items() if value is not None}
+        for name, values in SUPPORTED.items():
+            check(c.get(name) in values, f"{name} = {c.get(name)!r} is not supported")
+    layers = set(c.get("layer_types", []))
+    check(layers <= {"full_attention"}, f"layer_types = {layers} is not supported")
+    n_head = c["num_attention_heads"]
+    n_embd = c["hidden_size"]
+    return GPTConfig(
+        block_size=int(c["max_position_embeddings"]), vocab_size=c["vocab_size"],
+        n_layer=c["num_hidden_layers"], n_embd=n_embd, n_inner=c["intermediate_size"],
+        n_head=n_head, n_kv_head=c.get("num_key_value_heads", n_head),
+        head_size=c.get("head_dim", n_embd // n_head),
+        rope_theta=float(c.get("rope_theta", 10000)), norm_eps=float(c["rms_norm_eps"]),
+        qkv_bias=c["model_type"] == "qwen2", tied=c.get("tie_word_embeddings", False),
+    )
+
+
+def read_weights(path):
+    """{name: tensor} of a folder's *.safetensors; of those that its index names, if it has one."""
+    index = Path(path, "model.safetensors.index.json")
     files = sorted(Path(path).glob("*.safetensors"))
-    weights = {name: w for file in files for name, w in read_safetensors(file).items() if not name.endswith(unused)}
-    return build(config, weights, path, published=True)
+    if index.exists():
+        with naming(index):
+            files = [Path(path, name) for name in {*read_json(index)["weight_map"].values()}]
+    check(files, f"{path}: no *.safetensors in it")
+    weights = {}
+    found_in = {}
+    for file in files:
+        for name, tensor in read_safetensors(file).items():
+            check(name not in weights, f"{file}: the tensor {name} is in {found_in.get(name)} too")
+            weights[name] = tensor
+            found_in[name] = file
+    return weights
+
+
+def read_safetensors(path):
+    """{name: tensor} of a file: 8 bytes header length, a JSON header, raw tensors. They are mapped,
+    not read, and changes stay in memory. ValueError naming the tensor whose entry does not fit."""
+    data = map_file(path)
+    tensors = {}
+    with naming(f"{path}: header"):
+        start = 8 + int.from_bytes(data[:8], "little")
+        check(start <= len(data), f"ends at byte {start} of {len(data)}")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+    for name, entry in header.items():
+        with naming(f"{path}: tensor {name} = {entry}"):
+            dtype = DTYPES[entry["dtype"]]
+            begin, end = entry["data_offsets"]
+            n = math.prod(entry["shape"])
+            check(0 <= begin <= end == begin + n * dtype.itemsize, "bytes and shape differ")
+            raw = torch.frombuffer(data, dtype=dtype, count=n, offset=start + begin)
+            tensors[name] = raw.view(entry["shape"])
+    return tensors
+
+
+def load_weights(model, weights, where):
+    """Gives a model its weights, {name: tensor}. ValueError naming the first that do not fit."""
+    with naming(where):
+        model.load_state_dict(weights, assign=True)
+
+
+def read_json(path):
+    """A JSON file -> object. ValueError naming it where it is missing or not JSON."""
+    data = map_file(path)
+    with naming(f"{path}: not JSON"):
+        return json.loads(data[:])
+
+
+def map_file(path):
+    """A file's bytes, mapped. ValueError where it is missing, empty, or but a Git LFS pointer."""
+    with naming(path), open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    pointer = data[:23] == b"version https://git-lfs"
+    check(not pointer, f"{path} is a Git LFS pointer: run `git lfs pull` in its folder")
+    return data

@@ -1,193 +1,288 @@
-"""Trains a GPT on tagged answers under the branch mask (paper section 3.2), from scratch or from a published model.
+"""Trains a GPT on tagged answers under the branch mask (section 3.2), from scratch or fine-tuning.
 
-    python train.py                                        # the built-in corpus, from scratch, minutes on a CPU
-    python train.py --mode serial --out-dir out-serial     # its serial twin: the same answers, untagged
-    python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model on your own answers
-    torchrun --nproc_per_node=8 train.py ...               # data parallel: the same batches, split among processes"""
+    python train.py                                        # the built-in corpus, minutes on a CPU
+    python train.py --mode serial --out-dir out-serial     # its serial twin: the same, untagged
+    python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model
+    torchrun --nproc_per_node=8 train.py ...               # the same steps, split over 8 devices
+
+All that is special about ASPD happened in the layout; this is an ordinary training loop. Under
+torchrun every process keeps a part of the weights and computes a part of every step's batches.
+"""
 import argparse
 import itertools
 import math
 import os
 import signal
 import sys
-import time
+import zlib
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 
-from aspd import IGNORE, POSITIONS, check, summary
-from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer, micro_batches,
+from aspd import IGNORE, POSITIONS, check
+from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer,
                   published_tokenizer, read_records, split_held_out)
-from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published, read_checkpoint,
-                   save_checkpoint)
+from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published,
+                   read_checkpoint, save_checkpoint)
+
+# What new tags start as, in the order of TAG_NAMES: words that answers do not have side by side.
+TAG_WORDS = " headline, headline closed, parallel, parallel closed, branch, branch closed"
+RANK = int(os.environ.get("RANK", 0))         # torchrun starts processes 0, 1, ...
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and says how many
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # joins the parts of all
+FRESH = {"args": {}, "step": 0}  # the state of a run that resumes no other
+MAY_CHANGE = {"out_dir", "device", "compile", "resume", "save_every"}  # with --resume
+
+
+# ---- settings ---------------------------------------------------------------
 
 def parse_args():
-    """(args, the dict of the checkpoint to go on from or None). ValueError naming a setting that cannot be."""
-    p = argparse.ArgumentParser(description="Trains on tagged answers. Next: python decode.py --prompt TEXT",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """-> args, and the state to go on from: FRESH, or a checkpoint's. ValueError naming a setting
+    that cannot be."""
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--data", metavar="FILE", help="answers, as data.py reads them; none: the built-in corpus")
-    add("--init-from", metavar="DIR", help="a published Llama or Qwen2 folder to start from; none: from scratch")
-    add("--mode", choices=("aspd", "serial"), default="aspd", help="tagged, or the same answers untagged")
+    add("--data", metavar="FILE", help="answers; none: the built-in corpus")
+    add("--init-from", metavar="DIR", help="a Llama or Qwen2 folder; none: from scratch")
+    add("--mode", choices=("aspd", "serial"), default="aspd", help="tagged, or untagged")
     add("--out-dir", default="out", help="where ckpt.pt goes")
-    add("--positions", choices=POSITIONS, default="aspd", help="position scheme of the branches")
-    add("--stride", type=int, default=256, help='tokens of a branch at most under "stride"')
-    add("--no-branch-mask", action="store_true", help="ablation: let branches see each other in training")
-    add("--tokenizer", default="bpe", help="from scratch: bpe (learnt from the answers), or a tiktoken name")
+    add("--positions", choices=POSITIONS, default="aspd", help="how text goes on after a block")
+    add("--no-branch-mask", action="store_true", help="ablation: branches see each other")
+    add("--tokenizer", default="bpe", help="from scratch: bpe (learnt here) or a name")
     add("--n-layer", type=int, default=3, help="from scratch: layers")
-    add("--n-head", type=int, default=4, help="from scratch: attention heads, of 64 channels each")
-    add("--block-size", type=int, default=1024, help="context in tokens; longer answers are left out")
-    add("--steps", type=int, help="updates; none: 2500 for the built-in corpus, else --epochs")
-    add("--epochs", type=float, default=2.0, help="passes over a file's answers")
-    add("--batch-size", type=int, default=4, help="answers a step")
-    add("--micro-tokens", type=int, default=4096, help="tokens in memory at once; a batch is summed up in such parts")
-    add("--lr", type=float, help="highest learning rate; none: 1e-3 from scratch, 1e-4 otherwise")
-    add("--seed", type=int, default=1337, help="of the weights and of the order of the answers")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("float32", "bfloat16"), help="autocast; none: bfloat16 where the machine is fast in it")
-    add("--compile", action="store_true", help="torch.compile the model (GPU only)")
+    add("--n-head", type=int, default=4, help="from scratch: attention heads of 64 channels")
+    add("--block-size", type=int, default=1024, help="context; longer answers are left out")
+    add("--steps", type=int, help="updates; none: two epochs")
+    add("--batch-size", type=int, default=4, help="answers in memory at once")
+    add("--accumulate", type=int, default=WORLD, help="batches a step")
+    add("--lr", type=float, help="highest learning rate; none: 1e-3 from scratch, else 1e-4")
+    add("--seed", type=int, default=1337, help="of weights and order")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--dtype", choices=("float32", "bfloat16"), help="none: bfloat16 where it is fast")
+    add("--compile", action="store_true", help="torch.compile the model")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from out-dir's checkpoint, as Ctrl-C leaves one")
+    add("--resume", action="store_true", help="go on from the checkpoint in out-dir")
     args = p.parse_args()
-    check_device(args.device)
-    args.dtype = args.dtype or fast_dtype(args.device)
-    check(not args.compile or args.device != "cpu", "--compile: torch fails to compile this training on cpu")
-    for name, value in vars(args).items():
-        fits = type(value) not in (int, float) or value > 0 or (name == "seed" and value == 0)
-        check(fits, f"--{name.replace('_', '-')} must be over 0, not {value}")
-    if not args.resume:
-        return args, None
-    state, may_change = read_checkpoint(args.out_dir), ("out_dir", "device", "compile", "resume", "save_every")
-    p.set_defaults(**state["args"] | {name: getattr(args, name) for name in may_change})
-    for name, value in vars(args := p.parse_args()).items():
-        was = p.get_default(name)
+    state = read_checkpoint(args.out_dir) if args.resume else FRESH
+    p.set_defaults(**state["args"])
+    args = complete(p.parse_args())
+    for name, was in state["args"].items():
+        value = getattr(args, name)
         check(value == was, f"--resume: {name} is {was!r} in {args.out_dir}, not {value!r}")
     return args, state
 
-def prepare(args, state):
-    """(model, tokenizer, rows, held-out rows): from a checkpoint's dict, a published folder or scratch."""
-    train, val = split_held_out(list(read_records(args.data))) if args.data else (corpus(), corpus(200, split="val"))
-    torch.manual_seed(args.seed)
-    if state:
-        model, tokenizer = from_checkpoint(state), Tokenizer(**state["tokenizer"])
-    elif args.init_from:
-        model, tokenizer = from_published(args.init_from).float(), published_tokenizer(args.init_from)
-        if args.mode == "aspd":  # embedding rows for the tags
-            tokenizer = tokenizer.add_tags()
-            model.grow(tokenizer.vocab_size, list(tokenizer.special[:6]))
-    else:
-        tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in train))
-        model = GPT(GPTConfig(args.block_size, tokenizer.vocab_size, args.n_layer, args.n_head, n_kv_head=args.n_head,
-                              n_embd=64 * args.n_head, n_inner=176 * args.n_head))
-    model.config.positions, model.config.stride = args.positions, args.stride
-    (rows, total), (val_rows, _) = (make_rows(records, tokenizer, model.config, args.mode, args.block_size)
-                                    for records in (train, val))
-    for kept, of, what in (rows, train, "train on"), (val_rows, val, "hold out (2% of the prompts)"):
-        check(kept, f"{args.data or 'corpus'}: none of the {len(of)} answers to {what} fits {args.block_size} tokens")
-    args.steps = args.steps or (math.ceil(args.epochs * len(rows) / args.batch_size) if args.data else 2500)
-    args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
-    s, size = summary(total), sum(p.numel() for p in model.parameters())
-    print(f"{len(rows)} answers ({len(train) - len(rows)} too long), {sum(len(r.token) for r in rows)} tokens; "
-          f"{s['PPD']:.0%} have parallel parts, ideal speedup {s['speedup']:.2f}x\n"
-          f"{size / 1e6:.2f}M parameters, {args.steps} steps of {args.batch_size} answers", flush=True)
-    return model, tokenizer, rows, val_rows
 
-def make_optimizer(model, lr, new=(), fast=10):
-    """AdamW; only matrices decay. new: ids that a trained model has not met, the tags. Their rows in embedding and
-    head go `fast` times as far: they start at the mean of all tokens, a long way from where they are of use."""
-    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
-               "weight_decay": 0.1 * matrix} for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
-    tables, before = [m.weight.data for m in (model.wte, model.lm_head) if m], []
-    def leap(*_):
-        for table in tables:
-            table[new] += (fast - 1) * (table[new] - before.pop(0))
-    if new:
-        optimizer.register_step_pre_hook(lambda *_: before.extend(table[new] for table in tables))
-        optimizer.register_step_post_hook(leap)
-    return optimizer
+def complete(args):
+    """Checks the args, and fills in those that depend on others."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "seed":
+            check(value > 0, f"--{name.replace('_', '-')} must be over 0, not {value}")
+    fair = args.accumulate % WORLD == 0
+    check(fair, f"--accumulate {args.accumulate} cannot be divided by {WORLD} processes")
+    check_device(args.device)
+    args.dtype = args.dtype or fast_dtype(args.device)
+    args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
+    args.seed %= 2**63  # torch takes no others
+    args.checksum_of_data = args.data and zlib.crc32(Path(args.data).read_bytes())
+    return args
+
+
+# ---- data and model ---------------------------------------------------------
+
+def prepare(args, state):
+    """-> model, tokenizer, rows to train on, held-out rows; fills args.steps in. ValueError when no
+    answer fits."""
+    # 1) answers
+    if args.data:
+        answers, held_out = split_held_out(list(read_records(args.data)))
+    else:
+        answers = corpus(5000)
+        held_out = corpus(200, split="val")
+
+    # 2) the model, split over the processes
+    torch.manual_seed(args.seed)
+    model, tokenizer = make_model(args, state, answers)
+    if WORLD > 1:
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
+        for part in [*model.model.layers, model]:
+            fully_shard(part, mesh=mesh)
+    model.to(args.device)
+
+    # 3) rows
+    rows, _ = make_rows(answers, tokenizer, model.config, args.mode)
+    held_out, _ = make_rows(held_out, tokenizer, model.config, args.mode)
+    size = model.config.block_size
+    check(rows, f"{args.data}: none of {len(answers)} answers to train on fits {size} tokens")
+    answers_a_step = args.batch_size * args.accumulate
+    args.steps = args.steps or math.ceil(2 * len(rows) / answers_a_step)
+    too_long = len(answers) - len(rows)
+    print(f"{len(rows)} answers, {too_long} too long; {args.steps} steps of {answers_a_step}")
+    return model, tokenizer, rows, held_out
+
+
+def make_model(args, state, answers):
+    """-> model, tokenizer: of a checkpoint, of a published folder, or from scratch."""
+    if args.resume:
+        return from_checkpoint(state, args.out_dir), Tokenizer(**state["tokenizer"])
+    if args.init_from:
+        model = from_published(args.init_from).float()
+        tokenizer = published_tokenizer(args.init_from)
+        model.config.block_size = min(args.block_size, model.config.block_size)
+        if args.mode == "aspd":
+            tokenizer = tokenizer.add_tags()
+            words = map(tokenizer.encode, TAG_WORDS.split(","))
+            model.grow(tokenizer.vocab_size, dict(zip(tokenizer.tags, words)))
+    else:
+        tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in answers))
+        model = GPT(GPTConfig(args.block_size, tokenizer.vocab_size, args.n_layer, args.n_head,
+                              args.n_head, n_embd=64 * args.n_head, n_inner=176 * args.n_head))
+    model.config.positions = args.positions
+    return model, tokenizer
+
+
+# ---- one step ---------------------------------------------------------------
+
+def learning_rate(step, args):
+    """A linear warm-up over 5% of the steps, then a cosine to zero."""
+    warmup = 0.05 * args.steps
+    # 1) linear warm-up
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    # 2) cosine decay
+    progress = (step - warmup) / (args.steps - warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model, lr):
+    """AdamW; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+
+
+def count_targets(rows):
+    """-> how many of the rows' tokens the decoder chooses."""
+    return sum(int((row.target != IGNORE).sum()) for row in rows)
+
 
 def summed_loss(model, rows, args):
-    """The loss of a micro-batch, summed over its targets: under the branch mask, in autocast."""
-    idx, position, mask, pick, target = collate(rows, args.device)
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return model(idx, position, None if args.no_branch_mask else mask, pick=pick, target=target)
+    """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
+    idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T) or None
+    pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
+    with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        logits = model(idx, position, None if args.no_branch_mask else mask, pick=pick)  # (N, V)
+    return F.cross_entropy(logits.float(), target.flatten()[pick], reduction="sum")
 
-def train_step(model, rows, optimizer, args, rank=0, world=1):
-    """One update -> the batch's mean loss, over all processes. Leaves the weights alone where that is not finite."""
-    groups, total = micro_batches(rows[rank::world] or rows[:1], args.micro_tokens), 0.0  # DDP: none may idle
-    weight = world * (rank < len(rows)) / sum((r.target != IGNORE).sum() for r in rows)  # and it takes the mean
-    for group in groups:
-        model.require_backward_grad_sync = group is groups[-1]  # DDP exchanges gradients once a step
-        loss = summed_loss(model, group, args) * weight
-        loss.backward()
-        total += loss.detach() / world
-    if world > 1:
-        dist.all_reduce(total)
+
+def train_step(model, step_batches, optimizer, args):
+    """One update -> the mean loss over the targets of all batches; process r computes batches r,
+    r + WORLD, ... Where the loss or the gradient is not finite, the weights stay as they are."""
+    targets = sum(map(count_targets, step_batches))
+    total = torch.zeros((), device=args.device)
+    for rows in step_batches[RANK::WORLD]:
+        loss = summed_loss(model, rows, args) / targets
+        (loss * WORLD).backward()  # fully_shard takes the mean over the processes
+        total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    value = (total + 0 * norm).item()  # NaN when either is not finite
-    if math.isfinite(value):
+    if WORLD > 1:
+        norm = norm.full_tensor()
+        dist.all_reduce(total)
+    loss = (total + 0 * norm).item()  # NaN where the norm is not finite
+    if math.isfinite(loss):
         optimizer.step()
     optimizer.zero_grad()
-    return value
+    return loss
+
 
 @torch.no_grad()
-def held_out_loss(model, rows, not_text, args):
-    """Mean loss over the plain tokens that the model chooses: none of the ids not_text, no repeated title."""
-    rows = [r._replace(target=np.where(np.isin(r.target, not_text), IGNORE, r.target)) for r in rows]
-    total = sum(summed_loss(model, group, args).item() for group in micro_batches(rows, args.micro_tokens))
-    return total / sum((r.target != IGNORE).sum() for r in rows)
+def held_out_loss(model, rows, tokenizer, args):
+    """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and a title
+    where it is first written."""
+    not_text = torch.tensor([tokenizer.eos, *(tokenizer.tags or ())])
+    plain = []
+    for row in rows:
+        target = row.target.masked_fill(torch.isin(row.target, not_text), IGNORE)
+        plain.append(row._replace(target=target))
+    return sum(summed_loss(model, [row], args).item() for row in plain) / count_targets(plain)
 
-def main():
-    """The command line: the training loop."""
-    args, state = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one speaks
-        if args.device == "cuda":  # without a number: each process its own GPU
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-    model, tokenizer, rows, val_rows = prepare(args, state)
-    new = list(tokenizer.special[:6]) if args.init_from and tokenizer.special else []
-    optimizer = make_optimizer(model.to(args.device), args.lr, new)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
+
+# ---- the loop ---------------------------------------------------------------
+
+def save(model, optimizer, tokenizer, step, loss, args):
+    """Writes a checkpoint, whole whatever the number of processes, all of which must call this."""
+    weights, moments = dcp.get_state_dict(model, optimizer, options=WHOLE)
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    if RANK == 0:
+        save_checkpoint(args.out_dir, step=step, loss=loss, args=settings, model=weights,
+                        config=vars(model.config), optimizer=moments, tokenizer=tokenizer.settings)
+
+
+def train(args, state):
+    """The training loop. state: FRESH, or that of a checkpoint to go on from."""
+    # 1) everything in its place; a resumed run goes through the answers in the order it had begun
+    model, tokenizer, rows, held_out = prepare(args, state)
+    optimizer = make_optimizer(model, args.lr)
+    if args.resume:
+        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
     net = torch.compile(model, dynamic=True) if args.compile else model
-    net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    interrupts, lengths = [], np.array([len(r.token) for r in rows])
-    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # Ctrl-C lets the current step end
-    step, value = (state["step"], state.get("loss", math.nan)) if state else (0, math.nan)
-    tokens, stop, began = 0, 0, time.perf_counter()
-    order = itertools.islice(batches(lengths, args.batch_size, args.seed), step, args.steps)
-    for batch in (bar := tqdm(order, "training", args.steps, initial=step, disable=rank > 0 or None)):
-        # a linear warm-up over 5% of the steps, under a cosine to zero
-        lr = args.lr * min((step + 1) / (0.05 * args.steps), 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+    step = state["step"]
+    order = batches([len(row.token) for row in rows], args.batch_size, args.seed)
+    order = itertools.islice(order, step * args.accumulate, None)
+
+    # 2) Ctrl-C and SIGTERM let the current step end, which is then saved
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: signals.append(1))
+
+    # 3) the loop
+    stop = False
+    while step < args.steps and not stop:
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        value = train_step(net, [rows[i] for i in batch], optimizer, args, rank, world)
-        check(math.isfinite(value), f"loss is {value} at step {step}, learning rate {lr:.2e}; saved: {args.out_dir}")
-        step, tokens = step + 1, tokens + lengths[batch].sum()
-        bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
-        stop = torch.tensor(len(interrupts), device=args.device)
-        if world > 1:  # a Ctrl-C anywhere stops all processes, at the same step
-            dist.all_reduce(stop)
-        if rank == 0 and (stop or step == args.steps or step % args.save_every == 0):
-            save_checkpoint(args.out_dir, step=step, loss=value, args=vars(args), config=vars(model.config),
-                            model=model.state_dict(), optimizer=optimizer.state_dict(), tokenizer=tokenizer.settings)
-        if stop:
-            break
-    signal.signal(signal.SIGINT, before)
-    print(f"{'stopped by Ctrl-C' if stop else 'done'} after step {step} of {args.steps}, loss {value:.3f}; {tokens} "
-          f"tokens in {time.perf_counter() - began:.0f} s; saved to {args.out_dir}\n"
+        step_batches = [[rows[i] for i in next(order)] for _ in range(args.accumulate)]
+        loss = train_step(net, step_batches, optimizer, args)
+        check(math.isfinite(loss), f"loss is {loss} at step {step}, learning rate {lr:.1e}; "
+                                   f"the last checkpoint is in {args.out_dir}")
+        step += 1
+        if step % 10 == 0 or step == args.steps:
+            print(f"step {step} of {args.steps}: loss {loss:.4f}, lr {lr:.1e}", flush=True)
+        stop = torch.tensor(len(signals), device=args.device)
+        if WORLD > 1:
+            dist.all_reduce(stop)  # a signal to one of the processes stops all, at the same step
+        if stop or step == args.steps or step % args.save_every == 0:
+            save(model, optimizer, tokenizer, step, loss, args)
+    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}; saved.\n"
           f"Next: python decode.py --ckpt {args.out_dir} --prompt TEXT", flush=True)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank == 0 and not stop:
+
+    # 4) evaluation, which Ctrl-C may break off
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if held_out and not stop:
         args.no_branch_mask = False  # decoding always has the mask
-        value = held_out_loss(model, val_rows, [tokenizer.eos, *(tokenizer.special or ())], args)
-        print(f"held-out loss {value:.4f} a plain token, over {len(val_rows)} answers")
+        loss = held_out_loss(model, held_out, tokenizer, args)
+        print(f"held-out loss {loss:.4f} a plain token, over {len(held_out)} answers")
+
+
+def main():
+    """The command line, in every process."""
+    args, state = parse_args()
+    if WORLD > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # one speaks
+        dist.init_process_group()
+    train(args, state)
+    if WORLD > 1:
+        dist.barrier()  # nobody leaves while another still waits for an answer
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # at once: gloo's threads live on, and abort when Python ends around them
+
 
 if __name__ == "__main__":
     cli(main)

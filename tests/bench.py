@@ -1,19 +1,21 @@
-"""
-Measures ASPD: against serial decoding, and against what the machine can do. Prints tables; --json keeps the figures.
+"""Measures ASPD: against serial decoding, and against what the machine can do.
 
-    python tests/bench.py --baseline out-serial                        # the built-in corpus: speed and facts
+    python tests/bench.py --baseline out-serial                        # the built-in corpus
     python tests/bench.py --prompts FILE.jsonl --baseline out-serial   # your prompts
-    python tests/bench.py --held-out FILE.jsonl --baseline out-serial  # loss on the answers that train.py held out
-    python tests/bench.py --transformers FILE.jsonl --ckpt DIR         # a published model, against that library
-    python tests/bench.py --replay FILE.jsonl --shape smollm2-135m     # given answers, whatever the weights know
-    python tests/bench.py --step --shape qwen2.5-7b                    # a step's time by width, memory bandwidth
-    python tests/bench.py --train --shape smollm2-135m                 # training against a bare loop
-    python tests/bench.py --all-gpu FILE.jsonl                         # the last three for two shapes, compiled
+    python tests/bench.py --held-out FILE.jsonl --baseline out-serial  # loss, by place
+    python tests/bench.py --transformers FILE.jsonl --ckpt DIR         # against that library
+    python tests/bench.py --replay FILE.jsonl --shape smollm2-135m     # given answers, any weights
+    python tests/bench.py --step --shape qwen2.5-7b                    # a step by width, bandwidth
+    python tests/bench.py --train                                      # training, beside nanoGPT
+    python tests/bench.py --all-gpu FILE.jsonl                         # the last three, two shapes
 
-After a warm-up the sides of a comparison take turns, answer by answer or step by step. Seconds are wall-clock with
-prefill and grammar, the device synchronised before every reading; only plain-answer tokens count as tokens.
+Prints tables; --json writes the same figures. The sides of a comparison take turns, answer by
+answer or step by step. Seconds are wall-clock with prefill and grammar, the device is synchronised
+before every reading; only tokens of the plain answer count as tokens.
 """
 import argparse
+import copy
+import itertools
 import json
 import platform
 import re
@@ -22,71 +24,102 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from itertools import combinations
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aspd import IGNORE, Row, Special, is_block, layout, plain, stats, tokenize
-from data import (cli, collate, corpus, extract, make_rows, make_tokenizer, micro_batches,
-                  read_prompts, read_records, split_held_out, write_whole)
-from decode import BRANCH, LM, MAX_BRANCHES, SERIAL, TITLE_CAP, Answer, Engine, forward_pass, generate, load
-from model import GPT, GPTConfig, fast_dtype
+from aspd import IGNORE, MAX_BRANCHES, Block, Row, check, layout, plain, stats, tokenize
+from data import (batches, cli, collate, corpus, extract, make_rows, make_tokenizer, read_prompts,
+                  read_records, split_held_out, write_whole)
+from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load,
+                    sampling_tensors)
+from model import GPT, GPTConfig, check_device, fast_dtype
+from script import script
 from train import held_out_loss, make_optimizer, train_step
 
-SHAPES = {  # published models, to be filled with random weights
-    "tiny": dict(block_size=4096, vocab_size=4096, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=128,
-                 head_size=16),
-    "smollm2-135m": dict(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
-                         head_size=64),
-    "qwen2.5-7b": dict(block_size=32768, vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, n_embd=3584,
-                       n_inner=18944, head_size=128, qkv_bias=True, tied=False),
-    "llama-2-7b": dict(block_size=4096, vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096,
-                       n_inner=11008, head_size=128, tied=False),
+SHAPES = {  # published models, to be filled with random weights; tiny: to try this file
+    "tiny": dict(block_size=4096, vocab_size=4096, n_layer=2, n_head=4, n_kv_head=2, n_embd=64,
+                 n_inner=128, head_size=16),
+    "smollm2-135m": dict(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3,
+                         n_embd=576, n_inner=1536),
+    "qwen2.5-7b": dict(block_size=32768, vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4,
+                       n_embd=3584, n_inner=18944, head_size=128, qkv_bias=True, tied=False),
 }
-WIDTHS = (1, 2, 4, 8, 16)
-PLACES = ("outside", "titles", "first branches", "later branches")
+WIDTHS = (1, 2, 4, 8, 16)  # tokens a step
 FIGURES = {  # key in the JSON: heading and format in the tables, meaning
     "answers": ("n", "d", "answers"),
     "parallel": ("par.", ".0%", "share of answers with a block"),
-    "branches": ("br.", ".1f", "branches a block"),
     "ideal": ("ideal", ".2f", "plain tokens / steps"),
     "fewer_steps": ("steps", ".2f", "the serial side's steps / ASPD's"),
-    "branchwise": ("branchw.", ".2f", "times faster a token than branch after branch with the same weights"),
-    "speedup": ("speed", ".2f", "times faster a token than the serial side: all seconds / all tokens"),
-    "average": ("average", ".2f", "the same answer by answer, mean"),
-    "best": ("best", ".2f", "the same answer by answer, largest"),
+    "branchwise": ("branchw.", ".2f", "times faster a token than branch after branch"),
+    "speedup": ("speed", ".2f", "times faster a token than the serial side, over all tokens"),
+    "average": ("mean", ".2f", "the same answer by answer, mean"),
+    "low": ("low", ".2f", "95% interval of this mean, over resampled prompts: from"),
+    "high": ("high", ".2f", "to"),
+    "best": ("best", ".2f", "the largest of one answer"),
     "realised": ("real.", ".2f", "speed / ideal"),
-    "tokens_s": ("tok/s", ".1f", "tokens a second"),
-    "tokens_s_serial": ("serial", ".1f", "tokens a second, serial side"),
+    "tokens": ("tokens", ".0f", "plain tokens an answer; here and below, base: the serial side"),
     "ttft": ("ttft", ".0f", "milliseconds to the first token, median"),
-    "ttft_serial": ("serial", ".0f", "the same, serial side"),
     "cut": ("cut", ".0%", "share of answers that the budget cut"),
     "facts": ("facts", ".1%", "share of facts right"),
-    "facts_baseline": ("serial", ".1%", "the same, serial side"),
-    "exact": ("exact", ".1%", "share of answers that are, to the character, as the corpus would have them"),
-    "exact_baseline": ("serial", ".1%", "the same, serial side"),
     "duplicates": ("dup.", ".0%", "share of blocks with branches that repeat each other"),
-    "speedup_without": ("w/o dup.", ".2f", "speed without the answers that have such a block"),
+    "repeats": ("rep.", ".0%", "share of answers with lines that repeat each other"),
 }
+HEADLINES = {  # key of the summary: of which group it is which figure
+    "parallel_steps_ratio": ("parallel", "fewer_steps"),
+    "parallel_speedup": ("parallel", "speedup"),
+    "parallel_ideal": ("parallel", "ideal"),
+    "ideal_realised": ("parallel", "realised"),
+    "serial_opened": ("serial", "parallel"),
+    "serial_speed": ("serial", "speedup"),
+    "all_speed": ("all", "speedup"),
+    "all_average": ("all", "average"),
+    "all_best": ("all", "best"),
+    "facts": ("all", "facts"),
+    "facts_baseline": ("all", "facts_baseline"),
+}
+
+
+# ---- tools ------------------------------------------------------------------
+
+def is_cuda(device):
+    return torch.device(device).type == "cuda"
 
 
 def clock(device):
     """Seconds, once the device has done all it was asked to."""
-    if str(device).startswith("cuda"):
+    if is_cuda(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
+def in_turn(runs, rounds, device, first=0):
+    """Runs functions, {name: function}, in turn, each `rounds` times -> {name: median seconds},
+    {name: what it returned}. first: whose turn it is."""
+    seconds = defaultdict(list)
+    results = {}
+    names = list(runs)
+    for k in range(first, first + rounds):
+        turn = k % len(names)
+        for name in names[turn:] + names[:turn]:
+            began = clock(device)
+            results[name] = runs[name]()
+            seconds[name].append(clock(device) - began)
+    return {name: float(np.median(seconds[name])) for name in names}, results
+
+
 def memory(device):
     """Peak memory in GB: of the GPU's tensors, or of this process."""
-    if str(device).startswith("cuda"):
+    if is_cuda(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def count(model):
@@ -96,607 +129,763 @@ def count(model):
 
 def table(title, headings, rows, formats):
     """Prints rows, the first cell of each a name, under their headings; None as a dash."""
-    cells = [[row[0]] + ["-" if v is None else format(v, f) for v, f in zip(row[1:], formats)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headings, *cells)]
+    lines = [headings]
+    for name, *values in rows:
+        lines.append([str(name)])
+        lines[-1] += ["-" if v is None else format(v, f) for v, f in zip(values, formats)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"\n{title}")
-    for name, *values in [headings, *cells]:
-        print("  ".join([f"{name:<{widths[0]}}"] + [f"{v:>{w}}" for v, w in zip(values, widths[1:])]))
+    for name, *cells in lines:
+        right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
+        print(" ".join([f"{name:<{widths[0]}}", *right]))
 
 
 def evenly(items, n):
-    """n of the items, spread evenly; all of them where n is None."""
-    return items if n is None else [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, n).astype(int)))]
-
-
-def sampling(args):
-    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    """n of the items, spread evenly; all of them where n is None or larger."""
+    n = min(n or len(items), len(items))
+    return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
 
 
 def get_lm(args, texts, dtype=None):
-    """The model to measure, with tags: --ckpt, or random weights of a published --shape."""
-    dtype = dtype or args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    """An LM with tags, of --ckpt or a --shape with random weights. texts: to learn words from."""
+    dtype = dtype or args.dtype or ("bfloat16" if is_cuda(args.device) else "float32")
     if not args.shape:
-        lm = load(args.ckpt, args.device, dtype, args.compile)
-        if not lm.tokenizer.special:  # tags that the model does not know, so that tagged answers can be fed to it
-            tokenizer = lm.tokenizer.add_tags()
-            lm.model.grow(tokenizer.vocab_size, list(tokenizer.special[:6]))
-            return LM(lm.model, tokenizer, args.compile)
-        return lm
-    tokenizer, config = make_tokenizer(args.tokenizer, iter(texts)), GPTConfig(**SHAPES[args.shape])
+        lm = load(args.ckpt, args.device, dtype)
+        tokenizer = lm.tokenizer
+        if not tokenizer.tags:  # the model does not know them, but can be fed them
+            tokenizer = tokenizer.add_tags()
+            lm.model.grow(tokenizer.vocab_size, {})
+        return LM(lm.model, tokenizer, args.compile)
+    tokenizer = make_tokenizer(args.tokenizer, iter(texts))
+    config = GPTConfig(**SHAPES[args.shape])
     config.vocab_size = max(config.vocab_size, tokenizer.vocab_size)
-    with torch.device("meta"):
-        model = GPT(config).to(getattr(torch, dtype))
-    model = model.to_empty(device=args.device).eval().requires_grad_(False)  # 7B parameters never pass through the CPU
+    with torch.device("meta"):  # 7B parameters never pass through the CPU
+        model = GPT(config).to(getattr(torch, dtype)).requires_grad_(False)
+    model.to_empty(device=args.device)
     for p in model.parameters():
-        p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
+        if p.dim() > 1:
+            p.normal_(std=0.02)
+        else:
+            p.fill_(1.0)
     return LM(model, tokenizer, args.compile)
 
 
-def facts_right(answer, facts):
-    """Share of the facts that the answer states, whatever its line breaks."""
-    answer = " ".join(answer.split())
-    return sum(" ".join(fact.split()) in answer for fact in facts) / len(facts)
+@torch.no_grad()
+def feed(engine, width, end):
+    """One pass that feeds `width` tokens and fills the cache up to `end`."""
+    engine.slot = end - width
+    branches = range(1, width + 1) if width > 1 else [0]
+    fed = [(0, 0, branch) for branch in branches]
+    engine.feed(fed, range(width), BRANCH if width > 1 else TEXT_ONLY)
 
 
-# -----------------------------------------------------------------------------
-# comparing sides, answer by answer
+@torch.no_grad()  # as generate() has it: else compiled steps would be compiled anew
+def warm_up(lm, slots, args, widths=WIDTHS):
+    """Gives the model a cache of so many slots, and feeds a prompt and three steps of each width:
+    that compiles, and chooses kernels. -> the Engine."""
+    lm.model.owner = None  # not the larger cache of a bench before: compiled steps read all of it
+    *settings, seed = args.sampling.values()
+    tensors = sampling_tensors(*settings, lm.model.config.vocab_size, lm.device)
+    budget = Budget(slots - 1, MAX_BRANCHES)
+    engine = Engine(lm, "serial", budget, tensors, seed, None)
+    engine.serial([0] * 8)
+    for width in widths:
+        for _ in range(3):
+            feed(engine, width, slots)
+    return engine
 
-def compare(records, sides, args, judge=lambda answer, record: {}):
-    """
-    Answers every record on every side ({name: function of a record -> Answer}), the sides taking turns -> a result a
-    record. judge adds figures to a side. With --compile a first round is not timed: it may meet a new shape.
-    """
-    results, names = [], list(sides)
-    for run in tqdm(sides.values(), desc="warm-up", leave=False, disable=None):
-        run(records[0])
-    for n, r in enumerate(tqdm(records, desc="answers", leave=False, disable=None)):
-        seconds, answers = {name: [] for name in names}, {}
-        for k in range(args.repeats + args.compile):
-            turn = (n + k) % len(names)
-            for name in names[turn:] + names[:turn]:
-                began = clock(args.device)
-                answers[name] = sides[name](r)
-                seconds[name].append(clock(args.device) - began)
-        results.append({"category": r.get("category") or "other", "prompt": r["prompt"]})
+
+# ---- comparing sides, answer by answer --------------------------------------
+
+def compare(records, sides, args, judge=None):
+    """Answers every record on every side ({name: function of a record -> Answer}) --repeats
+    times, in turn -> a result a record. judge: function of an answer and its record -> figures."""
+    results = []
+    for n, record in enumerate(tqdm(records, desc="answers", leave=False, disable=None)):
+        runs = {name: partial(side, record) for name, side in sides.items()}
+        seconds, answers = in_turn(runs, args.repeats, args.device, first=n)
+        result = {"category": record.get("category") or "other", "prompt": record["prompt"]}
         for name, a in answers.items():
-            results[-1][name] = {"seconds": float(np.median(seconds[name][args.compile:])), "ttft": a.ttft,
-                                 "tokens": a.tokens, "steps": a.steps, "blocks": a.blocks, "finish": a.finish,
-                                 "text": a.text, **judge(a, r)}
+            result[name] = {"seconds": seconds[name], "pace": seconds[name] / max(a.tokens, 1)}
+            for key in ("ttft", "tokens", "steps", "blocks", "finish", "text"):
+                result[name][key] = getattr(a, key)
+            if judge:
+                result[name] |= judge(a, record)
+        results.append(result)
     return results
 
 
+def interval(values):
+    """The middle 95% of the means of 10,000 resamples (bootstrap), always with the same seed."""
+    rng = np.random.default_rng(0)
+    n = len(values)
+    means = [values[rng.integers(n, size=(100, n))].mean(1) for _ in range(100)]
+    return np.percentile(np.concatenate(means), (2.5, 97.5)).tolist()
+
+
 def figures(results):
-    """FIGURES of some results, whose sides are "aspd", "serial" and, where it ran, "branchwise"."""
-    get = lambda side, key: np.array([r[side][key] for r in results], dtype=float)
-    ran = [side for side in ("aspd", "serial", "branchwise") if side in results[0]]
-    seconds, tokens = ({side: np.maximum(get(side, key), 1e-9) for side in ran} for key in ("seconds", "tokens"))
-    pace = {side: seconds[side].sum() / tokens[side].sum() for side in ran}
-    each = seconds["serial"] / tokens["serial"] / (seconds["aspd"] / tokens["aspd"])
-    blocks = [len(b) for r in results for b in r["aspd"]["blocks"]]
-    f = {"answers": len(results), "parallel": np.mean([bool(r["aspd"]["blocks"]) for r in results]),
-         "branches": np.mean(blocks) if blocks else None, "ideal": tokens["aspd"].sum() / get("aspd", "steps").sum(),
-         "fewer_steps": get("serial", "steps").sum() / get("aspd", "steps").sum(),
-         "speedup": pace["serial"] / pace["aspd"], "average": each.mean(), "best": each.max(),
-         "tokens_s": 1 / pace["aspd"], "tokens_s_serial": 1 / pace["serial"],
-         "ttft": 1000 * np.median(get("aspd", "ttft")), "ttft_serial": 1000 * np.median(get("serial", "ttft")),
-         "cut": np.mean([r["aspd"]["finish"] == "length" for r in results])}
+    """FIGURES of some results with the sides "aspd", "serial" and, where it ran, "branchwise"."""
+    def total(side, key):
+        return float(sum(r[side][key] for r in results))
+
+    def faster(side):
+        return total(side, "seconds") / total(side, "tokens") / pace
+
+    n = len(results)
+    pace = total("aspd", "seconds") / max(total("aspd", "tokens"), 1)  # seconds a token
+    each = np.array([r["serial"]["pace"] / r["aspd"]["pace"] for r in results])
+    f = {
+        "answers": n,
+        "parallel": sum(bool(r["aspd"]["blocks"]) for r in results) / n,
+        "ideal": total("aspd", "tokens") / max(total("aspd", "steps"), 1),
+        "fewer_steps": total("serial", "steps") / max(total("aspd", "steps"), 1),
+        "speedup": faster("serial"),
+        "average": float(each.mean()),
+        "best": float(each.max()),
+    }
+    f["low"], f["high"] = interval(each)
     f["realised"] = f["speedup"] / f["ideal"]
-    if "branchwise" in ran:
-        f["branchwise"] = pace["branchwise"] / pace["aspd"]
-    if "facts" in results[0]["aspd"]:
-        for side, suffix in (("aspd", ""), ("serial", "_baseline")):
-            right, stated = get(side, "right"), get(side, "facts")
-            f |= {"facts" + suffix: right.sum() / stated.sum(), "exact" + suffix: np.mean(get(side, "exact"))}
-    if "duplicates" in results[0]["aspd"]:
-        repeated = [d for r in results for d in r["aspd"]["duplicates"]]
-        keep = np.array([not any(r["aspd"]["duplicates"]) for r in results])
-        kept = {side: seconds[side][keep].sum() / tokens[side][keep].sum() for side in ran} if keep.any() else None
-        f |= {"duplicates": np.mean(repeated) if repeated else None,
-              "speedup_without": kept and kept["serial"] / kept["aspd"]}
-    return {key: v if v is None or isinstance(v, int) else float(v) for key, v in f.items()}
+    if "branchwise" in results[0]:
+        f["branchwise"] = faster("branchwise")
+    for side, suffix in (("aspd", ""), ("serial", "_baseline")):
+        f["tokens" + suffix] = total(side, "tokens") / n
+        f["ttft" + suffix] = 1000 * float(np.median([r[side]["ttft"] for r in results]))
+        f["cut" + suffix] = sum(r[side]["finish"] == "length" for r in results) / n
+        if "facts" in results[0][side]:
+            f["facts" + suffix] = total(side, "right") / total(side, "facts")
+        if "repeats" in results[0][side]:
+            f["repeats" + suffix] = total(side, "repeats") / n
+    flags = [flag for r in results for flag in r["aspd"].get("duplicates", [])]
+    if flags:
+        f["duplicates"] = sum(flags) / len(flags)
+    return f
 
 
-def report(results, is_parallel, leave_out):
-    """
-    Prints a row a kind (category), and one each for the parallel kinds, the serial kinds and all -> the summary:
-    {"all", "parallel", "serial": FIGURES, "kinds": {kind: FIGURES}} and headline figures. is_parallel: kind -> bool.
-    """
-    kinds = {}
+def report(results, has_block, keys):
+    """Prints these FIGURES of every kind (category) and of groups -> the summary: all figures of
+    the groups and "kinds", and headlines. A kind is parallel if more than a tenth of its flags in
+    has_block, a bool a result, are set."""
+    flags = defaultdict(list)
+    for r, flag in zip(results, has_block):
+        flags[r["category"]].append(flag)
+    members = defaultdict(list)
+    groups = {"parallel": [], "serial": [], "uncut": [], "distinct": [], "all": results}
     for r in results:
-        kinds.setdefault(r["category"], []).append(r)
-    groups = {"parallel": [r for r in results if is_parallel(r["category"])],
-              "serial": [r for r in results if not is_parallel(r["category"])], "all": results}
-    kinds, groups = ({name: figures(rs) for name, rs in parts.items() if rs} for parts in (kinds, groups))
-    keys = [key for key in FIGURES if key in groups["all"] and key not in leave_out]
-    rows = [*kinds.items(), *((f"= {name}" + " kinds" * (name != "all"), f) for name, f in groups.items())]
-    table("", ["kind"] + [FIGURES[key][0] for key in keys], [[name, *map(f.get, keys)] for name, f in rows],
-          [FIGURES[key][1] for key in keys])
-    print("\n" + "\n".join(f"  {FIGURES[key][0]:<9} {FIGURES[key][2]}" for key in keys))
-    parallel, serial, everything = (groups.get(name, {}) for name in ("parallel", "serial", "all"))
-    return {"parallel_steps_ratio": parallel.get("fewer_steps"), "parallel_speedup": parallel.get("speedup"),
-            "parallel_ideal": parallel.get("ideal"), "ideal_realised": parallel.get("realised"),
-            "serial_opened": serial.get("parallel"), "serial_speed": serial.get("speedup"),
-            "all_speed": everything["speedup"], "all_average": everything["average"], "all_best": everything["best"],
-            **{key: everything[key] for key in ("facts", "facts_baseline", "exact", "exact_baseline")
-               if key in everything}, **groups, "kinds": kinds}
+        members[r["category"]].append(r)
+        is_parallel = np.mean(flags[r["category"]]) > 0.1
+        groups["parallel" if is_parallel else "serial"].append(r)
+        if r["aspd"]["finish"] == r["serial"]["finish"] == "stop":
+            groups["uncut"].append(r)
+        if not any(r["aspd"].get("duplicates", [])):  # no branches that repeat each other
+            groups["distinct"].append(r)
+    kinds = {kind: figures(found) for kind, found in members.items()}
+    groups = {name: figures(found) for name, found in groups.items() if found}
+
+    columns = {}  # key: heading, format
+    for key in keys:
+        heading, form, _ = FIGURES[key]
+        columns[key] = heading, form
+        if key + "_baseline" in groups["all"]:
+            columns[key + "_baseline"] = "base", form
+    rows = list(kinds.items()) + [(f"= {name}", f) for name, f in groups.items()]
+    table("", ["kind"] + [heading for heading, _ in columns.values()],
+          [[name] + [f.get(key) for key in columns] for name, f in rows],
+          [form for _, form in columns.values()])
+    print()
+    for key in keys:
+        print(f"  {FIGURES[key][0]:<9} {FIGURES[key][2]}")
+
+    summary = {}
+    for name, (group, key) in HEADLINES.items():
+        summary[name] = groups.get(group, {}).get(key)
+    return summary | groups | {"kinds": kinds}
 
 
-def opens_blocks(results):
-    """A function: whether more than a tenth of ASPD's answers to a kind of prompt have a block."""
-    return lambda kind: np.mean([bool(r["aspd"]["blocks"]) for r in results if r["category"] == kind]) > 0.1
+# ---- prompts ----------------------------------------------------------------
 
-
-def decoders(args, names):
-    """The sides "aspd" and "branchwise" (--ckpt) and "serial" (--baseline) for compare(), and the tokenizer."""
+def decoders(args, prompts):
+    """The sides for compare(), warm: "aspd" and "branchwise" (--ckpt), "serial" (--baseline); and
+    the tokenizer."""
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    twin = load(args.baseline, args.device, args.dtype, args.compile) if args.baseline else lm
+    check(lm.tokenizer.tags, f"--ckpt {args.ckpt} has no tags, so it is not an ASPD model")
+    twin = lm
+    if args.baseline:
+        twin = load(args.baseline, args.device, args.dtype, args.compile)
     print(f"serial side: {args.baseline or 'the same weights, blocks forbidden'}")
-    side = lambda lm, mode: lambda r: generate(lm, r["prompt"], mode=mode, max_new_tokens=args.max_new_tokens,
-                                               **sampling(args))
-    sides = {"aspd": side(lm, "adaptive"), "branchwise": side(lm, "branchwise"), "serial": side(twin, "serial")}
-    return {name: sides[name] for name in names}, lm.tokenizer
+    for each, widths in ((twin, WIDTHS[:1]), (lm, WIDTHS)):
+        longest = max(len(each.tokenizer.prompt(prompt)) for prompt in prompts)
+        row_tokens = min(longest + args.max_new_tokens, each.model.config.block_size)
+        warm_up(each, row_tokens + 1, args, widths)
+
+    def side(lm, mode):
+        def answer(record):
+            return generate(lm, record["prompt"], mode, max_new_tokens=args.max_new_tokens,
+                            **args.sampling)
+        return answer
+
+    sides = {"aspd": side(lm, "adaptive"), "branchwise": side(lm, "branchwise"),
+             "serial": side(twin, "serial")}
+    return sides, lm.tokenizer
+
+
+def mark(answer, record):
+    """Counts the facts that an answer states, whatever its line breaks."""
+    text = " ".join(answer.text.split())
+    right = sum(fact in text for fact in record["facts"])
+    return {"right": right, "facts": len(record["facts"])}
 
 
 def bench_corpus(args):
-    """Held-out prompts of the built-in corpus. A kind is parallel where most of the corpus' answers have a block."""
-    records, has_block = corpus(args.n, split="val"), {}
-    for r in records:
-        segments, _ = extract(r["response"], r["prompt"])
-        has_block.setdefault(r["category"], []).append(not all(isinstance(s, str) for s in segments))
-    sides, _ = decoders(args, ("aspd", "branchwise", "serial"))
-    judge = lambda a, r: {"right": round(facts_right(a.text, r["facts"]) * len(r["facts"])), "facts": len(r["facts"]),
-                          "exact": a.text == r["response"]}
-    results = compare(records, sides, args, judge)
-    leave_out = ("average", "best", "cut", "tokens_s", "tokens_s_serial")
-    return report(results, lambda kind: np.mean(has_block[kind]) > 0.5, leave_out), results
+    """Held-out prompts of the built-in corpus; parallel are the kinds whose answers there are."""
+    records = corpus(args.n, split="val")
+    sides, _ = decoders(args, [r["prompt"] for r in records])
+    results = compare(records, sides, args, mark)
+    has_block = [len(extract(r["response"], r["prompt"])[0]) > 1 for r in records]
+    keys = ("answers", "parallel", "ideal", "fewer_steps", "branchwise", "speedup", "average",
+            "low", "high", "realised", "facts")
+    return report(results, has_block, keys), results
 
 
 def alike(texts):
-    """Whether two of the texts repeat each other: over 0.8 of their distinct three-word sequences are common."""
+    """Do two of the texts repeat each other: are over 0.8 of their three-word sequences common?"""
     words = [re.findall(r"\w+", text.lower()) for text in texts]
     grams = [set(zip(w, w[1:], w[2:])) or {tuple(w)} for w in words if w]
-    return any(len(a & b) > 0.8 * len(a | b) for a, b in combinations(grams, 2))
+    return any(len(a & b) > 0.8 * len(a | b) for a, b in itertools.combinations(grams, 2))
 
 
 def bench_prompts(args):
-    """A file of prompts. A category is parallel where more than a tenth of ASPD's answers have a block."""
-    sides, tokenizer = decoders(args, ("aspd", "serial"))
-    judge = lambda a, r: {"duplicates": [alike([tokenizer.decode(rest) for _, rest in s])
-                                         for s in a.segments if is_block(s)]}
-    results = compare(evenly(read_prompts(args.prompts), args.limit), sides, args, judge)
-    for r in evenly(results, args.show):
-        a = r["aspd"]
-        print(f"\n--- {r['category']}: {r['prompt']}\n{a['text']}\n[{a['tokens']} tokens in {a['steps']} steps, tokens "
-              f"of the branches {a['blocks']}, repeating each other {a['duplicates']}, finish: {a['finish']}]")
-    return report(results, opens_blocks(results), ("fewer_steps",)), results
+    """A file of prompts; parallel are the categories in which ASPD opens blocks."""
+    records = evenly(read_prompts(args.prompts), args.limit)
+    sides, tokenizer = decoders(args, [r["prompt"] for r in records])
+    del sides["branchwise"]
 
+    def judge(answer, record):
+        blocks = [s for s in answer.segments if isinstance(s, Block)]
+        rests = [[tokenizer.decode(rest) for _, rest in block] for block in blocks]
+        lines = [line for line in answer.text.split("\n") if len(line.split()) > 4]
+        return {"duplicates": [alike(texts) for texts in rests], "repeats": alike(lines)}
 
-def hidden_row(prompt, ids):
-    """
-    (Row, places) of an untagged answer under the branch mask: no branch sees a sibling or its title, and each starts
-    where the block does. Targets are the branches' tokens after their titles: what a serial model loses on them is
-    what it would have read off the siblings.
-    """
-    pieces, at, n_block, places = [(prompt, 0, 0, 0, None)], len(prompt), 0, []
-    for s in ids:
-        start, n_block = at, n_block + is_block(s)
-        for i, (title, rest) in enumerate(s if is_block(s) else [([], s)]):
-            place = ("later branches" if i else "first branches") if is_block(s) else None
-            branch = (n_block, i + 1) if is_block(s) else (0, 0)
-            pieces += [(title, *branch, start, None), (rest, *branch, start + len(title), place)]
-            at += len(title) + len(rest)
-            start = start if is_block(s) else at
-    token = np.array([t for tokens, *_ in pieces for t in tokens])
-    block, branch = (np.repeat([piece[k] for piece in pieces], [len(piece[0]) for piece in pieces]) for k in (1, 2))
-    position = np.concatenate([piece[3] + np.arange(len(piece[0])) for piece in pieces])
-    places = [place for tokens, *_, place in pieces for _ in tokens]
-    known = np.append([place is not None for place in places[1:]], False)
-    return (Row(token, block, branch, position, np.where(known, np.roll(token, -1), IGNORE)),
-            [place for place in places if place])
-
-
-@torch.no_grad()
-def loss_by_place(lm, records, block_size, side, dtype):
-    """
-    {place in the answer: [summed loss, plain tokens]} of a side: "aspd", "serial" or "hidden" (serial, as hidden_row
-    has it), all cut into the same tokens. A title counts where it is first written.
-    """
-    tokenizer, total = lm.tokenizer, {place: [0.0, 0] for place in PLACES}
-    special, device = tokenizer.special or Special(*[tokenizer.eos] * 7), torch.device(lm.device)
-    for r in tqdm(records, desc="by place", leave=False, disable=None):
-        ids = tokenize(extract(r["response"], r["prompt"])[0], tokenizer.encode)
-        prompt = tokenizer.prompt(r["prompt"])
-        row = layout(prompt, ids, special, lm.model.config.positions, lm.model.config.stride)
-        if max(row.position.max() + 1, len(row.token)) > block_size:
-            continue
-        places = []
-        for s in ids:
-            if is_block(s):
-                titles = [["titles"] * len(title) for title, _ in s]
-                rests = [["later branches" if i else "first branches"] * len(rest) for i, (_, rest) in enumerate(s)]
-                ordered = titles + rests if side == "aspd" else [part for pair in zip(titles, rests) for part in pair]
-                places += sum(ordered, [])
-            else:
-                places += ["outside"] * len(s)
-        row = row if side == "aspd" else layout(prompt, [plain(ids)], special)
-        if side == "hidden":
-            row, places = hidden_row(prompt, ids)
-        if not places:
-            continue
-        idx, position, mask, pick, target = collate([row], lm.device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = lm.model(idx, position, mask, pick=pick)
-        losses = F.cross_entropy(logits.float(), target, reduction="none").tolist()
-        losses = [loss for loss, t in zip(losses, target.tolist()) if t not in (IGNORE, tokenizer.eos, *special)]
-        for place, loss in zip(places, losses, strict=True):
-            total[place][0] += loss
-            total[place][1] += 1
-    return total
-
-
-def bench_held_out(args):
-    """Loss a plain token on the file's held-out answers: ASPD under its mask, its serial twin on the same, untagged."""
-    if not args.baseline:
-        raise ValueError("--held-out compares two models: add --baseline, the serial twin's folder")
-    _, records = split_held_out(list(read_records(args.held_out)))
-    dtype = args.dtype or fast_dtype(args.device)
-    settings = Namespace(device=args.device, dtype=dtype, micro_tokens=4096, no_branch_mask=False)
-    losses, counts, by_place = {}, {}, {}
-    for mode, path in (("aspd", args.ckpt), ("serial", args.baseline)):
-        lm = load(path, args.device, "float32")
-        if mode == "aspd" and not lm.tokenizer.special:
-            raise ValueError(f"--held-out: --ckpt {path} has no tags, so it is not an ASPD model")
-        rows, _ = make_rows(evenly(records, args.limit), lm.tokenizer, lm.model.config, mode, args.block_size)
-        if not rows:
-            raise ValueError(f"{args.held_out}: no held-out answer fits {args.block_size} tokens")
-        counts[mode] = [len(rows), sum(len(r.token) for r in rows)]
-        not_text = [lm.tokenizer.eos, *(lm.tokenizer.special or ())]
-        losses[mode] = float(held_out_loss(lm.model, rows, not_text, settings))
-        limit = min(args.block_size or lm.model.config.block_size, lm.model.config.block_size)
-        for side in ("aspd",) if mode == "aspd" else ("serial", "hidden"):
-            by_place[side] = loss_by_place(lm, evenly(records, args.limit), limit, side, dtype)
-    table("held-out loss", ["side", "answers", "row tokens", "loss", "of serial"],
-          [[mode, *counts[mode], loss, loss / losses["serial"]] for mode, loss in losses.items()],
-          ["d", "d", ".4f", ".4f"])
-    sums = {mode: sum(loss for loss, _ in places.values()) for mode, places in by_place.items()}
-    found = [{"place": place, "tokens": n, "aspd": loss / n, "serial": by_place["serial"][place][0] / n,
-              "hidden": by_place["hidden"][place][0] / n or None, "of_serial": loss / by_place["serial"][place][0],
-              "share": (loss - by_place["serial"][place][0]) / (sums["aspd"] - sums["serial"] or 1)}
-             for place, (loss, n) in by_place["aspd"].items() if n]
-    table("by place, the answers cut into the same tokens on all sides; hidden: the serial side, its siblings hidden",
-          ["place", "tokens", "aspd", "serial", "hidden", "of serial", "of the difference"],
-          [list(row.values()) for row in found], ["d", ".4f", ".4f", ".4f", ".4f", ".0%"])
-    summary = {"held_out_loss": losses, "of_serial": losses["aspd"] / losses["serial"], "answers": counts["aspd"][0]}
-    return summary, found
+    results = compare(records, sides, args, judge)
+    has_block = [bool(r["aspd"]["blocks"]) for r in results]
+    keys = ("answers", "parallel", "ideal", "speedup", "average", "low", "high", "best", "tokens",
+            "ttft", "cut", "duplicates", "repeats")
+    return report(results, has_block, keys), results
 
 
 def bench_transformers(args):
-    """Our serial greedy decoding of a published model against the transformers library's: logits, text, speed."""
+    """Our serial greedy decoding of a published model against that library's: speed and text."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise ValueError("--transformers needs that library beside (pip install transformers)") from None
+        raise ValueError("--transformers: that library is not installed") from None
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    dtype, eos = lm.model.wte.weight.dtype, lm.tokenizer.eos
+    dtype = lm.model.model.embed_tokens.weight.dtype
     model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).to(args.device).eval()
-    errors = []
+    records = evenly(read_prompts(args.transformers), args.limit)
+    stop = sorted(lm.tokenizer.stop)
 
-    def ours(r):
-        return generate(lm, r["prompt"], mode="serial", max_new_tokens=args.max_new_tokens)
+    def ours(record):
+        return generate(lm, record["prompt"], "serial", max_new_tokens=args.max_new_tokens)
 
     @torch.no_grad()
-    def theirs(r):
-        ids = torch.tensor([lm.tokenizer.prompt(r["prompt"])], device=args.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
-                             do_sample=False, eos_token_id=eos, pad_token_id=eos)
-        new = [i for i in out[0, ids.size(1):].tolist() if i != eos]
-        return Answer(r["prompt"], lm.tokenizer.decode(new), "serial", len(new), len(new), 0, 0, [], "", [new])
+    def theirs(record):
+        ids = torch.tensor([lm.tokenizer.prompt(record["prompt"])], device=args.device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                             max_new_tokens=args.max_new_tokens, eos_token_id=stop,
+                             pad_token_id=stop[0])
+        new = [i for i in out[0, ids.size(1):].tolist() if i not in stop]
+        text = lm.tokenizer.decode(new)
+        return Answer(record["prompt"], text, "serial", len(new), len(new), 0, 0, [], "", [new])
 
-    records = evenly(read_prompts(args.transformers), args.limit)
-    for r in records[:10]:
-        ids = torch.tensor([lm.tokenizer.prompt(r["prompt"])], device=args.device)
-        with torch.no_grad():
-            a, b = lm.model(ids, torch.arange(ids.size(1), device=args.device)[None]).float(), model(ids).logits.float()
-        errors.append(float((a - b).abs().max() / b.abs().max()))
+    longest = max(len(lm.tokenizer.prompt(r["prompt"])) for r in records)
+    warm_up(lm, longest + args.max_new_tokens + 1, args, WIDTHS[:1])
+    theirs(records[0])
     results = compare(records, {"ours": ours, "theirs": theirs}, args)
-    total = lambda side, key: sum(r[side][key] for r in results)
-    pace = {side: total(side, "tokens") / total(side, "seconds") for side in ("ours", "theirs")}
-    same = np.mean([r["ours"]["text"] == r["theirs"]["text"] for r in results])
-    table(f"serial greedy decoding of {args.ckpt}, {len(results)} prompts, {dtype}", ["side", "tokens", "tokens/s"],
-          [[side, total(side, "tokens"), pace[side]] for side in pace], ["d", ".1f"])
-    print(f"ours / theirs {pace['ours'] / pace['theirs']:.2f}; the same text in {same:.0%} of the answers; "
-          f"logits of the prompts differ by {max(errors):.1e} of the largest at most")
-    return {"tokens_s": pace, "ratio": pace["ours"] / pace["theirs"], "same_text": same,
-            "logits_difference": max(errors)}, results
+    tokens = {side: sum(r[side]["tokens"] for r in results) for side in ("ours", "theirs")}
+    pace = {side: n / sum(r[side]["seconds"] for r in results) for side, n in tokens.items()}
+    same = float(np.mean([r["ours"]["text"] == r["theirs"]["text"] for r in results]))
+    ratio = pace["ours"] / pace["theirs"]
+    table(f"serial greedy decoding of {args.ckpt}, {len(results)} prompts, {dtype}",
+          ["side", "tokens", "tokens/s"], [[side, tokens[side], pace[side]] for side in pace],
+          ["d", ".1f"])
+    print(f"ours / theirs {ratio:.2f}; the same text in {same:.0%} of the answers")
+    return {"tokens_s": pace, "ratio": ratio, "same_text": same}, results
 
 
-# -----------------------------------------------------------------------------
-# replay: given answers through the engine
+# ---- held-out loss ----------------------------------------------------------
 
-def script(ids, special):
-    """
-    What a model must choose to write this tokenised answer: a list of tokens for the prefill and for every step. A
-    branch chooses its tokens up to <|/branch|>, and takes part in one more pass, which feeds that.
-    """
-    passes, end = [], special.branch_end
-    for s in ids:
-        if not is_block(s):
-            passes += [[i] for i in s]
+def places(ids, tagged):
+    """Where each plain token stands, in the order of a tagged or of an untagged row: names."""
+    names = []
+    for segment in ids:
+        if not isinstance(segment, Block):
+            names += ["outside"] * len(segment)
             continue
-        passes += [[i] for title, _ in s for i in (special.title, *title, special.title_end)] + [[special.para]]
-        rests = [rest + [end] for _, rest in s]
-        passes += [[(rest + [end])[k] for rest in rests if k <= len(rest)] for k in range(max(map(len, rests)) + 1)]
-    return passes + [[special.eos]]
+        titles = [["titles"] * len(title) for title, _ in segment]
+        rests = [["later branches"] * len(rest) for _, rest in segment]
+        rests[0] = ["first branches"] * len(rests[0])
+        pairs = zip(titles, rests)
+        ordered = titles + rests if tagged else itertools.chain(*pairs)
+        names += itertools.chain(*ordered)
+    return names
 
 
-def replay(lm, record, mode, options, keep=None):
-    """
-    Decodes with the script's tokens put in place of the chosen ones; the step runs as ever. keep: takes the logits.
-    Raises ValueError where the engine does not give the answer back, in exactly the steps that aspd.stats predicts.
-    """
-    ids, real = record["ids"] if mode == "adaptive" else [plain(record["ids"])], lm.step
-    passes = iter(script(ids, lm.tokenizer.special))
+def hidden_row(prompt, ids, eos):
+    """The Row of an untagged answer under the branch mask: no branch sees a sibling or its title,
+    and each starts where its block does. What a serial model loses on the branches' tokens after
+    their titles is what it would have read off the siblings."""
+    parts = [(prompt, 0, 0)]  # tokens, block, branch
+    for n, segment in enumerate(ids, start=1):
+        if isinstance(segment, Block):
+            parts += [(b.title + b.rest, n, i) for i, b in enumerate(segment, start=1)]
+        else:
+            parts.append((segment, 0, 0))
+    token, block, branch, position = [], [], [], []
+    for tokens, in_block, in_branch in parts:
+        if in_branch < 2:
+            start = len(token)
+        token += tokens
+        block += [in_block] * len(tokens)
+        branch += [in_branch] * len(tokens)
+        position += range(start, start + len(tokens))
+    target = [IGNORE] * (len(prompt) - 1) + token[len(prompt):] + [eos]
+    return Row(*map(torch.tensor, (token, block, branch, position, target)))
 
-    def step(*args):
-        chosen, logits = real(*args)
-        chosen.cpu()  # the synchronisation that reading the tokens costs
-        tokens = next(passes)
-        if keep is not None:
-            keep.append(logits[:len(tokens)].float().cpu().clone())
-        return torch.tensor(tokens), logits
 
-    lm.step = step
-    try:
-        answer = generate(lm, record["prompt"], mode=mode, max_new_tokens=record["budget"], **options)
-    finally:
-        lm.step = real
-    if answer.segments != ids or answer.steps != stats(ids).steps or answer.finish != "stop":
-        raise ValueError(f"replay, {mode}: {answer.steps} steps, {stats(ids).steps} expected, finish "
-                         f"{answer.finish!r}, for the answer to {record['prompt'][:60]!r}")
+@torch.no_grad()
+def loss_by_place(lm, records, side, args):
+    """{place: (mean loss, tokens)} of a side: "aspd", "serial" or "hidden" (serial, as hidden_row
+    has it), all cut into the same tokens. A title counts where it is first written."""
+    eos, tags = lm.tokenizer.eos, lm.tokenizer.tags
+    not_text = torch.tensor([IGNORE, eos, *(tags or ())], device=lm.device)
+    found = defaultdict(list)
+    for r in tqdm(records, desc="by place", leave=False, disable=None):
+        segments, _ = extract(r["response"], r["prompt"])
+        ids = tokenize(segments, lm.tokenizer.encode)
+        prompt = lm.tokenizer.prompt(r["prompt"])
+        if side == "aspd":
+            row = layout(prompt, ids, eos, tags, lm.model.config.positions)
+        elif side == "serial":
+            row = layout(prompt, [plain(ids)], eos)
+        else:
+            row = hidden_row(prompt, ids, eos)
+        idx, position, mask, target = collate([row], args.device)
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = lm.model(idx, position, mask)  # (1, T, V)
+        losses = F.cross_entropy(logits[0].float(), target[0], reduction="none")
+        losses = losses[~torch.isin(target[0], not_text)].tolist()
+        for place, loss in zip(places(ids, side == "aspd"), losses, strict=True):
+            found[place].append(loss)
+            found["all"].append(loss)
+    return {place: (float(np.mean(losses)), len(losses)) for place, losses in found.items()}
+
+
+def bench_held_out(args):
+    """Loss a plain token on a file's held-out answers, of ASPD and of its serial twin."""
+    check(args.baseline, "--held-out compares two models: add --baseline, the serial twin's folder")
+    args.dtype = args.dtype or fast_dtype(args.device)
+    lms = {"aspd": load(args.ckpt, args.device, "float32"),
+           "serial": load(args.baseline, args.device, "float32")}
+    ours = lms["aspd"]
+    check(ours.tokenizer.tags, f"--ckpt {args.ckpt} has no tags, so it is not an ASPD model")
+    for lm in lms.values():
+        lm.model.requires_grad_(True)  # the layers of training: those for decoding know no autocast
+        lm.model.config.block_size = min(args.block_size, lm.model.config.block_size)
+    _, held_out = split_held_out(list(read_records(args.held_out)))
+    records = []
+    for r in evenly(held_out, args.limit):
+        rows, _ = make_rows([r], ours.tokenizer, ours.model.config)
+        records += [r] * len(rows)  # none where it is too long
+    check(records, f"{args.held_out}: no held-out answer fits {args.block_size} tokens")
+
+    losses, by_place = {}, {}
+    for side, lm in lms.items():
+        rows, _ = make_rows(records, lm.tokenizer, lm.model.config, side)
+        losses[side] = held_out_loss(lm.model, rows, lm.tokenizer, args)
+        by_place[side] = loss_by_place(lm, records, side, args)
+    hidden = loss_by_place(lm, records, "hidden", args)
+    of_serial = losses["aspd"] / losses["serial"]
+    print(f"\nheld-out loss of {len(records)} answers: aspd {losses['aspd']:.4f}, serial "
+          f"{losses['serial']:.4f}, ratio {of_serial:.4f}")
+    found = []
+    for place in ("outside", "titles", "first branches", "later branches", "all"):
+        if place in by_place["aspd"]:
+            aspd, n = by_place["aspd"][place]
+            serial, _ = by_place["serial"][place]
+            found.append({"place": place, "tokens": n, "aspd": aspd, "serial": serial,
+                          "of_serial": aspd / serial,
+                          "hidden": hidden[place][0] if "branches" in place else None})
+    table("by place, all sides cut into the same tokens; hidden: the serial side, siblings hidden",
+          ["place", "tokens", "aspd", "serial", "of serial", "hidden"],
+          [row.values() for row in found], ["d", ".4f", ".4f", ".4f", ".4f"])
+    return {"held_out_loss": losses, "of_serial": of_serial, "answers": len(records)}, found
+
+
+# ---- replay: given answers through the engine -------------------------------
+
+def replay(lm, record, mode, args, keep=None):
+    """Decodes with the tokens of record["ids"] in place of the chosen ones; the step runs as ever.
+    keep: a list that takes the logits. ValueError where the engine does not give the answer back,
+    in exactly the steps that aspd.stats predicts."""
+    ids = record["ids"] if mode == "adaptive" else [plain(record["ids"])]
+    passes = iter(script(ids, lm.tokenizer.tags, lm.tokenizer.eos))
+
+    def follow(step):
+        def scripted(*step_args):
+            chosen, logits = step(*step_args)
+            chosen.cpu()  # the synchronisation that reading the tokens costs
+            tokens = next(passes)
+            if keep is not None:
+                keep.append(logits[:len(tokens)].float().cpu())
+            return torch.tensor(tokens), logits
+        return scripted
+
+    scripted = copy.copy(lm)
+    scripted.step = follow(lm.step)
+    scripted.compiled_step = lm.compiled_step and follow(lm.compiled_step)
+    answer = generate(scripted, record["prompt"], mode, max_new_tokens=record["budget"],
+                      **args.sampling)
+    steps = stats(ids).steps
+    check(answer.segments == ids and answer.steps == steps and answer.finish == "stop",
+          f"replay, {mode}: {answer.steps} steps, {steps} expected, finish {answer.finish!r}, for "
+          f"the answer to {record['prompt'][:60]!r}")
     return answer
 
 
 def to_replay(records, lm):
-    """Adds "ids" and "budget" (row tokens that let every branch end by itself); leaves out what would be cut."""
-    out, special, context = [], lm.tokenizer.special, lm.model.config.block_size
+    """Adds "ids" and "budget" (row tokens that let every branch end by itself) to the answers;
+    leaves out those that the engine would have to cut."""
+    kept = []
+    tokenizer = lm.tokenizer
     for r in records:
-        ids = tokenize(extract(r["response"], r["prompt"])[0], lm.tokenizer.encode)
-        blocks = [s for s in ids if is_block(s)]
-        budget = len(layout([], ids, special).token)
-        budget += sum(len(b) * (max(len(title) + len(rest) for title, rest in b) + 100) for b in blocks)
-        titles = [len(title) for b in blocks for title, _ in b]
-        if r["prompt"].strip() and len(lm.tokenizer.prompt(r["prompt"])) + budget <= context \
-                and max(titles, default=0) <= TITLE_CAP and max(map(len, blocks), default=0) <= MAX_BRANCHES:
-            out.append({**r, "ids": ids, "budget": budget})
-    return out
+        segments, _ = extract(r["response"], r["prompt"])
+        ids = tokenize(segments, tokenizer.encode)
+        budget = len(layout([], ids, tokenizer.eos, tokenizer.tags).token)
+        fits = bool(r["prompt"].strip())
+        for block in ids:
+            if isinstance(block, Block):
+                longest = max(len(title) + len(rest) for title, rest in block)
+                budget += len(block) * (longest + 100)  # an equal share for each; room for titles
+                fits &= max(len(title) for title, _ in block) <= TITLE_CAP
+                fits &= len(block) <= MAX_BRANCHES
+        row_tokens = len(tokenizer.prompt(r["prompt"])) + budget
+        if fits and row_tokens <= lm.model.config.block_size:
+            kept.append(r | {"ids": ids, "budget": budget, "row_tokens": row_tokens})
+    return kept
+
+
+def compiled_against_eager(lm, record, args):
+    """Replays one answer both ways and compares the logits of every choice."""
+    eager = copy.copy(lm)
+    eager.compiled_step = None
+    logits = {"compiled": [], "eager": []}
+    replay(lm, record, "adaptive", args, keep=logits["compiled"])
+    replay(eager, record, "adaptive", args, keep=logits["eager"])
+    a, b = map(torch.cat, logits.values())
+    difference = float((a - b).abs().max() / b.abs().max())
+    same = float((a.argmax(-1) == b.argmax(-1)).float().mean())
+    print(f"\ncompiled against eager: logits differ by {difference:.1e} of the largest at most;\n"
+          f"the best token is the same in {same:.2%}")
+    return {"compiled_difference": difference, "compiled_same": same}
 
 
 def bench_replay(args, lm=None):
-    """Given answers: adaptive against our own serial decoding of the same tokens with the same weights."""
+    """Given answers: decoded by the engine, and serially, with the same weights and tokens."""
     given = list(read_records(args.replay))
     lm = lm or get_lm(args, (r["response"] for r in given))
-    given, options = evenly(given, args.limit), sampling(args)
+    given = evenly(given, args.limit)
     records = to_replay(given, lm)
-    if not records:
-        raise ValueError(f"{args.replay}: no answer fits a context of {lm.model.config.block_size} tokens")
-    side = lambda mode: lambda r: replay(lm, r, mode, options)
-    results = compare(records, {"aspd": side("adaptive"), "serial": side("serial")}, args)
-    summary = report(results, opens_blocks(results), ("fewer_steps", "cut"))
+    check(records, f"{args.replay}: no answer fits {lm.model.config.block_size} tokens")
+    warm_up(lm, max(r["row_tokens"] for r in records) + 1, args)
+
+    def aspd(record):
+        return replay(lm, record, "adaptive", args)
+
+    def serial(record):
+        return replay(lm, record, "serial", args)
+
+    results = compare(records, {"aspd": aspd, "serial": serial}, args)
+    has_block = [bool(r["aspd"]["blocks"]) for r in results]
+    keys = ("answers", "parallel", "ideal", "speedup", "average", "low", "high", "best", "realised")
+    summary = report(results, has_block, keys)
     summary |= {"left_out": len(given) - len(records), "memory_gb": memory(args.device)}
-    if args.compile:
-        summary |= compiled_against_eager(lm, records[0], options)
-        print("\ncompiled against eager: logits differ by {compiled_difference:.1e} of the largest at most, the best "
-              "token is the same in {compiled_same:.2%}".format(**summary))
-    print(f"\n{len(records)} answers; {summary['left_out']} left out (a title over {TITLE_CAP} tokens, over "
-          f"{MAX_BRANCHES} branches, or too long for the context); peak memory {summary['memory_gb']:.2f} GB")
+    if lm.compiled_step:
+        summary |= compiled_against_eager(lm, records[0], args)
+    print(f"\n{len(records)} answers, each in exactly the steps that aspd.stats predicts; "
+          f"{summary['left_out']} left out (a title\nover {TITLE_CAP} tokens, over {MAX_BRANCHES} "
+          f"branches, or too long); peak memory {summary['memory_gb']:.2f} GB")
     return summary, results
 
 
-def compiled_against_eager(lm, record, options):
-    """Replays one answer compiled and eager, and compares the logits of every choice."""
-    compiled, logits = lm.step, {True: [], False: []}
-    for lm.compiled, lm.step in ((False, forward_pass), (True, compiled)):
-        replay(lm, record, "adaptive", options, logits[lm.compiled])
-    a, b = map(torch.cat, logits.values())
-    return {"compiled_difference": float((a - b).abs().max() / b.abs().max()),
-            "compiled_same": float((a.argmax(-1) == b.argmax(-1)).float().mean())}
-
-
-# -----------------------------------------------------------------------------
-# the machine: steps and training
-
-def time_steps(lm, contexts, rounds, args):
-    """Median seconds of an engine pass that fills a context up, {(context, width): s}, and a large copy's bytes/s."""
-    source = torch.ones(2**30 if lm.device.type == "cuda" else 2**28, dtype=torch.uint8, device=lm.device)
-    target, times, warm = torch.empty_like(source), {"copy": []}, 3
-    choose = tuple(sampling(args).values())[:3]
-    if lm.compiled:
-        lm.warm_up(choose, max(contexts))
-    engine = Engine(lm, [], "adaptive", max(contexts), choose, 0, MAX_BRANCHES, None)
-    for _ in tqdm(range(warm + rounds), desc="rounds", leave=False, disable=None):
-        for n in contexts:
-            for W in WIDTHS:
-                engine.slot = n - W
-                branches, state = ([0], SERIAL) if W == 1 else (range(1, W + 1), BRANCH)
-                began = clock(lm.device)
-                engine.feed([0] * W, [n - 1] * W, branches, range(W), [state] * W)
-                times.setdefault((n, W), []).append(clock(lm.device) - began)
-        began = clock(lm.device)
-        target.copy_(source)
-        times["copy"].append(clock(lm.device) - began)
-    times = {key: float(np.median(seconds[warm:])) for key, seconds in times.items()}
-    return times, 2 * len(source) / times.pop("copy")
-
+# ---- the machine: a step ----------------------------------------------------
 
 def bench_step(args, lm=None):
-    """Step time by width and by context, and the memory bandwidth reached: weights once and the cache, over time."""
+    """Time of an engine pass by context and width, and the memory bandwidth it reaches, beside a
+    copy's: weights and cache are read once. The summary is about the first of --contexts."""
     lm = lm or get_lm(args, (r["response"] for r in corpus(500)))
-    model, c = lm.model, lm.model.config
-    if not max(WIDTHS) <= args.context <= c.block_size:
-        raise ValueError(f"--context must be {max(WIDTHS)} to the model's {c.block_size}, not {args.context}")
-    contexts = sorted({n for n in (*args.contexts, args.context) if max(WIDTHS) <= n <= c.block_size})
-    times, copy = time_steps(lm, contexts, args.repeats, args)
-    size = model.wte.weight.element_size()
-    read = size * (count(model) + 2 * args.context * c.n_layer * c.n_kv_head * c.head_size
-                   - (0 if c.tied else model.wte.weight.numel()))  # an untied embedding is read a row a token
-    steps = {str(W): times[args.context, W] for W in WIDTHS}
-    rows = {W: [1000 * t, t / steps["1"], 1000 * t / int(W), read / t / 1e9, read / t / copy] for W, t in steps.items()}
-    table(f"a step at context {args.context} reads {read / 1e9:.3f} GB; a copy reads and writes {copy / 1e9:.1f} GB/s",
-          ["width", "ms a step", "x width 1", "ms a token", "GB/s", "of copy"], [[W, *row] for W, row in rows.items()],
-          [".3f", ".2f", ".3f", ".1f", ".0%"])
-    per_token = {str(n): {str(W): 1000 * times[n, W] / W for W in WIDTHS} for n in contexts}
-    table("ms a token by context and number of branches", ["context", *map(str, WIDTHS)],
-          [[n, *row.values()] for n, row in per_token.items()], [".3f"] * len(WIDTHS))
-    column = lambda k: {W: row[k] for W, row in rows.items()}
-    return {"step_ms": column(0), "step_ratio": column(1), "bandwidth_share": column(4), "copy_gb_s": copy / 1e9,
-            "memory_gb": memory(lm.device)}, [{"context": int(n), "ms_a_token": row} for n, row in per_token.items()]
+    c = lm.model.config
+    embedding = lm.model.model.embed_tokens.weight
+    size = 2**30 if is_cuda(args.device) else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=lm.device)
+    target = torch.empty_like(source)
+    found = []
+    for context in args.contexts:
+        check(max(WIDTHS) <= context <= c.block_size,
+              f"--contexts must be {max(WIDTHS)} to the model's {c.block_size}, not {context}")
+        engine = warm_up(lm, context, args)
+        runs = {width: partial(feed, engine, width, context) for width in WIDTHS}
+        runs["copy"] = partial(target.copy_, source)
+        seconds, _ = in_turn(runs, args.repeats, args.device)
+        copied = 2 * size / seconds["copy"]
+        read = count(lm.model) + 2 * context * c.n_layer * c.n_kv_head * c.head_size
+        if not c.tied:
+            read -= embedding.numel()  # of which only some rows are read
+        for width in WIDTHS:
+            ms = 1000 * seconds[width]
+            speed = read * embedding.element_size() / seconds[width]
+            found.append({"context": context, "width": width, "ms": ms,
+                          "ratio": seconds[width] / seconds[1], "ms_a_token": ms / width,
+                          "gb_s": speed / 1e9, "of_copy": speed / copied})
+    table("a step", ["context", "width", "ms", "x width 1", "ms a token", "GB/s", "of a copy"],
+          [row.values() for row in found], ["d", ".3f", ".2f", ".3f", ".1f", ".0%"])
+    summary = {"copy_gb_s": copied / 1e9, "memory_gb": memory(args.device)}
+    for name, key in (("step_ms", "ms"), ("step_ratio", "ratio"), ("bandwidth_share", "of_copy")):
+        summary[name] = {str(row["width"]): row[key] for row in found[:len(WIDTHS)]}
+    return summary, found
 
 
-def bench_train(args, lm=None):
-    """
-    Our training step on tagged rows, on plain causal rows of the same tokens, and on the same answers untagged, against
-    a bare loop: the same model, tokens and optimizer, but batches made ready before, no mask, no clipping. All train
-    the same weights.
-    """
-    records, size = list(read_records(args.data)) if args.data else corpus(500), 8192
-    dtype = args.dtype or fast_dtype(args.device)
-    lm = lm or get_lm(Namespace(**vars(args) | {"compile": False}), (r["response"] for r in records), "float32")
-    model, B = lm.model.float().train().requires_grad_(True), args.batch_size
-    make = lambda mode: make_rows(records, lm.tokenizer, model.config, mode, args.block_size)[0]
-    tagged, untagged = (evenly(make(mode), args.batches * B) for mode in ("aspd", "serial"))
-    batches, plain_batches = ([rows[n:n + B] for n in range(0, len(rows), B)] for rows in (tagged, untagged))
-    serial = [[r._replace(block=0 * r.block, branch=0 * r.branch, position=np.arange(len(r.token))) for r in batch]
-              for batch in batches]
-    ready = [[collate(group, args.device) for group in micro_batches(batch, size)] for batch in serial]
-    net = torch.compile(model, dynamic=True) if args.compile else model
-    settings = Namespace(device=args.device, dtype=dtype, micro_tokens=size, no_branch_mask=False)
+# ---- the machine: training --------------------------------------------------
+
+class NanoBlock(nn.Module):
+    """A stand-in for nanoGPT's block; its MLP is about 4x, as wide as makes both models equal."""
+
+    def __init__(self, C, n_head, n_inner):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1 = nn.LayerNorm(C, bias=False)
+        self.c_attn = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.ln_2 = nn.LayerNorm(C, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(C, n_inner, bias=False), nn.GELU(),
+                                 nn.Linear(n_inner, C, bias=False))
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NanoGPT(nn.Module):
+    """A stand-in for nanoGPT, of the size of `model`; like nanoGPT, not counting positions."""
+
+    def __init__(self, model):
+        super().__init__()
+        c = model.config
+        C = c.n_embd
+        n_inner = (count(model.model.layers[0]) - 4 * C * C) // (2 * C)
+        self.wte = nn.Embedding(c.vocab_size, C)
+        self.wpe = nn.Embedding(c.block_size, C)
+        self.h = nn.Sequential(*[NanoBlock(C, c.n_head, n_inner) for _ in range(c.n_layer)])
+        self.ln_f = nn.LayerNorm(C, bias=False)
+
+    def forward(self, idx):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))  # (B, T, C)
+        return F.linear(self.ln_f(self.h(x)), self.wte.weight)                      # (B, T, V)
+
+
+def training_steps(model, args):
+    """{name: function that makes one step on a batch} of what bench_train() compares."""
+    compiles = args.compile and is_cuda(args.device)  # torch cannot compile this on a CPU
+    nano = NanoGPT(model).to(args.device)
+    print(f"{count(model) / 1e6:.2f}M parameters; the stand-in for nanoGPT "
+          f"{(count(nano) - nano.wpe.weight.numel()) / 1e6:.2f}M, positions aside")
     optimizer = make_optimizer(model, 1e-5)
+    nano_optimizer = make_optimizer(nano, 1e-5)
+    net = torch.compile(model, dynamic=True) if compiles else model
+    nano_net = torch.compile(nano, dynamic=True) if compiles else nano
+    autocast = (torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16")
 
-    def bare(groups):
-        for idx, position, _, pick, target in groups:
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = net(idx, position, None, pick=pick)
-            F.cross_entropy(logits.float(), target).backward()
+    def ours(rows):
+        train_step(net, [rows], optimizer, args)
+
+    def bare(batch):
+        idx, position, pick, target = batch
+        with torch.autocast(*autocast):
+            logits = net(idx, position, None, pick=pick)
+        F.cross_entropy(logits.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step = lambda batch: train_step(net, batch, optimizer, settings)
-    sides = {"aspd": (step, batches), "serial": (step, serial), "bare": (bare, ready),
-             "untagged": (step, plain_batches)}
-    times, peaks = {name: [[] for _ in batches] for name in sides}, []
-    for k in tqdm(range(1 + args.repeats), desc="rounds", leave=False, disable=None):  # the first warms up
-        for n in range(len(batches)):
-            for name in [*sides, *sides][(n + k) % len(sides):][:len(sides)]:
-                run, made = sides[name]
-                began = clock(args.device)
-                run(made[n])
-                times[name][n].append(clock(args.device) - began)
-        peaks.append(memory(args.device))
-    seconds = {name: sum(float(np.median(t[1:])) for t in ts) for name, ts in times.items()}
-    tokens = dict.fromkeys(sides, sum(len(r.token) for r in tagged))
-    tokens["untagged"] = sum(len(r.token) for r in untagged)
-    pace = {name: tokens[name] / s for name, s in seconds.items()}
-    summary = {"tokens_s": pace, "of_bare": pace["aspd"] / pace["bare"], "memory_first_gb": peaks[0],
-               "aspd_step": pace["serial"] / pace["aspd"], "memory_gb": peaks[-1],
-               "extra_tokens": tokens["aspd"] / tokens["untagged"] - 1,
-               "extra_time": seconds["aspd"] / seconds["untagged"] - 1}
-    table(f"training on {len(batches)} batches of {B} answers, {tokens['aspd']} tokens",
-          ["side", "tokens/s", "of bare"], [[name, p, p / pace["bare"]] for name, p in pace.items()], [",.0f", ".3f"])
-    print("an ASPD step takes {aspd_step:.3f} of a serial step's time at the same tokens\n"
-          "against the same answers untagged: {extra_tokens:+.1%} tokens, {extra_time:+.1%} time a step\n"
-          "peak memory {memory_first_gb:.2f} GB after the first round, {memory_gb:.2f} after all".format(**summary))
-    return summary, [{"side": name, "batch": n, "seconds": t[1:]} for name in sides for n, t in enumerate(times[name])]
+    def nanogpt(tokens):
+        with torch.autocast(*autocast):
+            logits = nano_net(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(nano.parameters(), 1.0)
+        nano_optimizer.step()
+        nano_optimizer.zero_grad()
+
+    return {"aspd": ours, "serial": ours, "bare": bare, "untagged": ours, "nanogpt": nanogpt}
 
 
-def all_gpu(args):
-    """--step, --replay and, below a billion parameters, --train, for SmolLM2 and a 7B shape (or --shape alone)."""
+def training_batches(tagged, untagged, device):
+    """{name: what its step gets} for one batch of rows."""
+    serial = []
+    for row in tagged:
+        zeros = torch.zeros_like(row.block)
+        position = torch.arange(len(zeros))
+        serial.append(row._replace(block=zeros, branch=zeros, position=position))
+    idx, position, _, target = collate(serial, device)
+    pick = (target.flatten() != IGNORE).nonzero()[:, 0]
+    bare = (idx, position, pick, target.flatten()[pick])
+    stream = torch.cat([row.token for row in tagged])
+    T = len(stream) // len(tagged)  # as many tokens, cut without padding
+    nanogpt = F.pad(stream[:T * len(tagged)].view(-1, T), (0, 1)).to(device)
+    return {"aspd": tagged, "serial": serial, "bare": bare, "untagged": untagged,
+            "nanogpt": nanogpt}
+
+
+def bench_train(args, lm=None):
+    """Our training step on tagged rows, beside: "serial", the same rows plain causal; "bare", these
+    in a bare loop (batches made before, no mask, no clipping); "untagged", the same answers without
+    tags; "nanogpt", a stand-in of equal size on as many tokens, never padded."""
+    records = list(read_records(args.data)) if args.data else corpus(500)
+    eager = Namespace(**vars(args) | {"compile": False})
+    lm = lm or get_lm(eager, (r["response"] for r in records), "float32")
+    model = lm.model.float().train().requires_grad_(True)
+    model.config.block_size = min(args.block_size, model.config.block_size)
+    args.dtype = args.dtype or fast_dtype(args.device)
+    rows, _ = make_rows(records, lm.tokenizer, model.config)
+    untagged, _ = make_rows(records, lm.tokenizer, model.config, "serial")
+    check(rows, f"none of the {len(records)} answers fits {model.config.block_size} tokens")
+    order = batches([len(row.token) for row in rows], args.batch_size, seed=0)
+    made, tokens = [], defaultdict(int)
+    for batch in itertools.islice(order, args.batches):
+        sides = [rows[i] for i in batch], [untagged[i] for i in batch]
+        made.append(training_batches(*sides, args.device))
+        tokens["aspd"] += sum(len(row.token) for row in sides[0])
+        tokens["untagged"] += sum(len(row.token) for row in sides[1])
+
+    steps = training_steps(model, args)
+    found = []
+    for n in range(len(made)):
+        runs = {name: partial(step, made[n][name]) for name, step in steps.items()}
+        in_turn(runs, 1, args.device)  # a warm-up
+        seconds, _ = in_turn(runs, args.repeats, args.device, first=n)
+        found.append({"batch": n, "seconds": seconds})
+    seconds = {name: sum(row["seconds"][name] for row in found) for name in steps}
+    pace = {name: tokens.get(name, tokens["aspd"]) / s for name, s in seconds.items()}
+    summary = {"tokens_s": pace, "memory_gb": memory(args.device)}
+    summary |= {f"of_{name}": pace["aspd"] / pace[name] for name in steps if name != "aspd"}
+    summary["extra_tokens"] = tokens["aspd"] / tokens["untagged"] - 1
+    summary["extra_time"] = seconds["aspd"] / seconds["untagged"] - 1
+    table(f"training in {args.dtype}, {len(made)} batches of {args.batch_size} answers, "
+          f"{tokens['aspd']} tokens; nanogpt is a stand-in", ["side", "tokens/s", "aspd / this"],
+          [[name, p, pace["aspd"] / p] for name, p in pace.items()], [",.0f", ".3f"])
+    print("against the same answers untagged: {extra_tokens:+.1%} tokens, {extra_time:+.1%} time a "
+          "step; peak memory {memory_gb:.2f} GB".format(**summary))
+    return summary, found
+
+
+def bench_all(args):
+    """--step, --replay and, below a billion parameters, --train, for SmolLM2's shape and a 7B one,
+    or for --shape alone; compiled on CUDA."""
     summary, results = {}, []
     for shape in [args.shape] if args.shape else ["smollm2-135m", "qwen2.5-7b"]:
         print(f"\n=== {shape}")
-        cuda = args.device.startswith("cuda")
-        args = Namespace(**vars(args) | {"shape": shape, "replay": args.all_gpu, "compile": args.compile or cuda})
-        lm = get_lm(args, (r["response"] for r in read_records(args.replay)))
-        many = Namespace(**vars(args) | {"repeats": max(args.repeats, 5), "contexts": [512, 2048], "data": args.replay})
-        for bench, a in ((bench_step, many), (bench_replay, args), (bench_train, many)):
-            if bench is not bench_train or count(lm.model) < 1e9:
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats(args.device)
-                name = f"{shape} {bench.__name__.removeprefix('bench_')}"
-                summary[name], found = bench(a, lm)
-                results += [{"bench": name, **r} for r in found]
+        args = Namespace(**vars(args) | {"shape": shape, "replay": args.all_gpu})
+        args.compile |= is_cuda(args.device)
+        many = Namespace(**vars(args) | {"repeats": max(args.repeats, 5), "data": args.all_gpu})
+        lm = get_lm(args, (r["response"] for r in read_records(args.all_gpu)))
+        parts = [("step", bench_step, many), ("replay", bench_replay, args)]
+        if count(lm.model) < 1e9:
+            parts.append(("train", bench_train, many))
+        for name, bench, settings in parts:
+            if is_cuda(args.device):
+                torch.cuda.reset_peak_memory_stats(args.device)
+            summary[f"{shape} {name}"], found = bench(settings, lm)
+            results += [{"bench": f"{shape} {name}"} | row for row in found]
         del lm  # the next model needs its memory
         torch._dynamo.reset()
     return summary, results
 
 
-# -----------------------------------------------------------------------------
-# command line
+# ---- command line -----------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Measures ASPD; by default on the built-in corpus' held-out prompts.")
-    add, what = p.add_argument, p.add_mutually_exclusive_group()
-    what.add_argument("--prompts", metavar="FILE", help='decode these prompts: JSON Lines of {"prompt", "category"}')
-    what.add_argument("--held-out", metavar="FILE", help="loss on the answers of a file that train.py holds out")
-    what.add_argument("--transformers", metavar="FILE", help="decode these prompts, beside the transformers library")
-    what.add_argument("--replay", metavar="FILE", help="feed these answers through the engine (any format of data.py)")
-    what.add_argument("--step", action="store_true", help="time a step by width and context")
-    what.add_argument("--train", action="store_true", help="time training against a bare loop")
-    what.add_argument("--all-gpu", metavar="FILE", help="--step, --replay FILE and --train, compiled, for two shapes")
-    add("--ckpt", default="out", help="a train.py folder, or a published model's (%(default)s)")
-    add("--baseline", metavar="DIR", help="the serial twin's folder; default: --ckpt with blocks forbidden")
+    """The command line's arguments."""
+    p = argparse.ArgumentParser(description="Measures ASPD; by default on the built-in corpus.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = p.add_mutually_exclusive_group()
+    add = what.add_argument
+    add("--prompts", metavar="FILE", help='decode JSON Lines of {"prompt", "category"}')
+    add("--held-out", metavar="FILE", help="loss on the answers of a file that train.py holds out")
+    add("--transformers", metavar="FILE", help="decode these prompts, beside that library")
+    add("--replay", metavar="FILE", help="feed these answers through the engine")
+    add("--step", action="store_true", help="time a step by width and context")
+    add("--train", action="store_true", help="time training, beside a stand-in for nanoGPT")
+    add("--all-gpu", metavar="FILE", help="the last three, on these answers, for two shapes")
+    add = p.add_argument
+    add("--ckpt", default="out", metavar="DIR", help="of train.py, or a published folder")
+    add("--baseline", metavar="DIR", help="the serial twin's; none: --ckpt with blocks forbidden")
     add("--shape", choices=SHAPES, help="instead of --ckpt: random weights of a published shape")
-    add("--tokenizer", default="bpe", help="with --shape: bpe (learnt from the answers), a tiktoken name or a folder")
-    add("--data", metavar="FILE", help="with --train: answers to train on; default: the built-in corpus")
-    add("--n", type=int, default=240, help="prompts of the built-in corpus (%(default)s)")
-    add("--limit", type=int, help="with --prompts, --held-out, --replay: only so many, spread evenly over the file")
-    add("--show", type=int, default=0, help="with --prompts: print so many answers, spread evenly (%(default)s)")
-    add("--repeats", type=int, help="runs to take the median of (default: 1; --step 30, --train 5)")
-    add("--context", type=int, default=512, help="with --step: filled slots of the cache (%(default)s)")
-    add("--contexts", type=int, nargs="*", default=[128, 256, 512, 1024, 2048], help="with --step: of the second table")
-    add("--batch-size", type=int, default=8, help="with --train: answers a step (%(default)s)")
-    add("--batches", type=int, default=4, help="with --train: different batches (%(default)s)")
-    add("--block-size", type=int, default=1024, help="with --train, --held-out: leave longer answers out (%(default)s)")
-    add("--max-new-tokens", type=int, default=1024, help="tokens after a prompt, tags included (%(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
-    add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 = all (%(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from the best tokens that reach p (%(default)s)")
-    add("--seed", type=int, default=0, help="of the sampling (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--tokenizer", default="bpe", help="with --shape: bpe (learnt), a tiktoken name, a folder")
+    add("--data", metavar="FILE", help="with --train: answers; none: the built-in corpus")
+    add("--n", type=int, default=240, help="prompts of the built-in corpus")
+    add("--limit", type=int, help="only so many prompts or answers, spread evenly over the file")
+    add("--repeats", type=int, help="runs to take the median of; none: 1, --step 30, --train 5")
+    add("--contexts", type=int, nargs="+", default=[512, 128, 2048], help="--step: filled slots")
+    add("--batch-size", type=int, default=4, help="with --train, --held-out: answers in memory")
+    add("--batches", type=int, default=8, help="with --train: different batches")
+    add("--block-size", type=int, default=1024, help="--train, --held-out: of rows, at most")
+    add("--max-new-tokens", type=int, default=1024, help="tokens after a prompt, tags included")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
+    add("--top-p", type=float, default=1.0, help="from the best that together reach p; 1 is off")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--dtype", choices=("float32", "bfloat16", "float64"),
-        help="default: float32, on CUDA bfloat16; in --train and --held-out as in train.py")
-    add("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
+        help="none: float32, bfloat16 on CUDA; --train, --held-out: as train.py")
+    add("--compile", action="store_true", help="torch.compile the step; on CUDA training too")
     add("--json", metavar="FILE", help="also write the figures here")
     args = p.parse_args(argv)
     args.repeats = args.repeats or (30 if args.step else 5 if args.train else 1)
+    names = ("temperature", "top_k", "top_p", "seed")
+    args.sampling = {name: getattr(args, name) for name in names}  # as generate() takes them
+    args.no_branch_mask = False  # train_step() reads it
+    check_device(args.device)
+    check(args.dtype != "float64" or not (args.held_out or args.train or args.all_gpu),
+          "--dtype float64: training and its loss are computed in float32 or bfloat16")
     return args
 
 
 def machine(device):
     """The hardware, in words."""
-    if device.startswith("cuda"):
+    if is_cuda(device):
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)|$", info)[1] or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main(argv=None):
+    """The command line."""
     args = parse_args(argv)
-    if args.dtype == "float64" and (args.held_out or args.train):
-        raise ValueError("--held-out and --train compute in float32 or bfloat16, not in float64")
-    if args.compile and args.device == "cpu" and (args.train or args.all_gpu):
-        raise ValueError("--compile: torch fails to compile training on cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: CUDA is not available")
-    command = "python " + shlex.join(sys.argv if argv is None else ["tests/bench.py", *argv])
+    command = shlex.join(["python", "tests/bench.py", *(sys.argv[1:] if argv is None else argv)])
     about = {"machine": machine(args.device), "torch": torch.__version__, "command": command}
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    benches = dict(prompts=bench_prompts, held_out=bench_held_out, transformers=bench_transformers,
-                   replay=bench_replay, step=bench_step, train=bench_train, all_gpu=all_gpu)
-    summary, results = next((run for name, run in benches.items() if getattr(args, name)), bench_corpus)(args)
+    for name, value in about.items():
+        print(f"{name}: {value}")
+    benches = {"prompts": bench_prompts, "held_out": bench_held_out, "replay": bench_replay,
+               "transformers": bench_transformers, "step": bench_step, "train": bench_train,
+               "all_gpu": bench_all}
+    chosen = [bench for name, bench in benches.items() if getattr(args, name)]
+    summary, results = (chosen or [bench_corpus])[0](args)
     if args.json:
-        report = {"summary": about | summary, "results": results}
-        write_whole(args.json, [json.dumps(report, ensure_ascii=False, indent=1)])
+        lines = {"summary": about | summary, "results": results}
+        write_whole(args.json, [json.dumps(lines, ensure_ascii=False, indent=1)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Extraction: structures that are cut, texts that are left alone, the reasons that refuse a block, titles and costs."""
+"""Extraction: structures that are cut, texts that are left alone, the rules that refuse a block, titles and costs."""
 import random
 import time
 
 import pytest
 
-from aspd import join
+from aspd import Block, join
 from data import extract
 
 FUZZED = 3000  # random texts, a few seconds
@@ -14,15 +14,33 @@ FOOD = "plan the meals of a week on Sunday so that shopping takes a single trip 
 
 
 def blocks(answer, prompt=""):
-    """The blocks of an answer as lists of branches; checks on the way that nothing is lost."""
+    """The blocks of an answer; checks on the way that nothing is lost."""
     segments, refusals = extract(answer, prompt)
     assert join(segments) == answer and all(segments)
     assert all(0 <= start < end <= len(answer) for _, start, end in refusals)
-    return [s for s in segments if not isinstance(s, str)]
+    return [segment for segment in segments if isinstance(segment, Block)]
+
+
+def texts(block):
+    """Its branches, without the white space that opens their titles."""
+    return [(branch.title + branch.rest).lstrip() for branch in block]
+
+
+def titles(block):
+    return [branch.title.strip() for branch in block]
 
 
 def reasons(answer, prompt=""):
     return [reason for reason, _, _ in extract(answer, prompt)[1]]
+
+
+def assert_cut(answer, *expected):
+    """The blocks of the answer have branches that open with the expected words."""
+    found = blocks(answer)
+    assert [len(block) for block in found] == [len(openings) for openings in expected], reasons(answer)
+    for block, openings in zip(found, expected):
+        for text, opening in zip(texts(block), openings):
+            assert text.startswith(opening)
 
 
 # -----------------------------------------------------------------------------
@@ -40,95 +58,99 @@ MARKERS = {
 @pytest.mark.parametrize("marker", MARKERS)
 def test_every_marker_opens_branches(marker):
     """Lists and headings are cut where their markers stand, and the lead stays serial."""
-    bold = "**" if marker == "bold number" else ""
-    items = [f"{m}{name}{bold}{chr(10) if '#' in m else ': '}{body}.\n" for m, name, body in
-             zip(MARKERS[marker], NAMES, [WALK, REST, FOOD])]
-    answer = "Three habits help most people:\n\n" + "".join(items)
+    end = "**: " if marker == "bold number" else "\n" if "#" in marker else ": "
+    items = [f"{m}{name}{end}{body}." for m, name, body in zip(MARKERS[marker], NAMES, [WALK, REST, FOOD])]
+    answer = "Three habits help most people:\n\n" + "\n".join(items)
     [block] = blocks(answer)
-    assert [b.text for b in block] == items
-    assert [b.title.strip(" *") for b in block] == [f"{m}{n}".strip(" *") for m, n in zip(MARKERS[marker], NAMES)]
+    assert texts(block) == [item.lstrip() for item in items]
+    assert titles(block) == [f"{m}{name}".strip() for m, name in zip(MARKERS[marker], NAMES)]
 
 
-STRUCTURES = {  # answer, the first words of every branch
+STRUCTURES = {  # answer, the first words of the branches of every block
     "items separated by blank lines": (
         f"Try this:\n\n1. **Move**: {WALK}.\n\n2. **Sleep**: {REST}.\n\n3. **Eat**: {FOOD}.\n\nGood luck!",
-        [["1. **Move", "2. **Sleep", "3. **Eat"]]),
+        ["1. **Move", "2. **Sleep", "3. **Eat"]),
     "continuation lines": (
-        f"1. Move\n{WALK}.\nEven slowly.\n2. Sleep\n{REST}.\nEvery night.\n", [["1. Move", "2. Sleep"]]),
+        f"1. Move\n{WALK}.\nEven slowly.\n2. Sleep\n{REST}.\nEvery night.\n", ["1. Move", "2. Sleep"]),
     "nested bullets stay with their item": (
-        f"1. Morning:\n   - {WALK}\n   - drink water\n"
-        f"2. Evening:\n   - {REST}\n   - read\n", [["1. Morning", "2. Evening"]]),
+        f"1. Morning:\n   - {WALK}\n   - drink water\n2. Evening:\n   - {REST}\n   - read\n",
+        ["1. Morning", "2. Evening"]),
     "the outermost level is cut": (
-        f"## Body\n\n1. Walk: {WALK}.\n"
-        f"2. Rest: {REST}.\n\n## Kitchen\n\n1. Plan: {FOOD}.\n2. Store: freeze half of it.\n",
-        [["## Body", "## Kitchen"]]),
+        f"## Body\n\n1. Walk: {WALK}.\n2. Rest: {REST}.\n\n"
+        f"## Kitchen\n\n1. Plan: {FOOD}.\n2. Store: freeze half of it.\n",
+        ["## Body", "## Kitchen"]),
     "sections of several paragraphs": (
         f"## Body\n\n{WALK}.\n\nSlowly.\n\n## Mind\n\n{REST}.\n\nDaily.\n\nAlone.\n\n## Food\n\n{FOOD}.\n\nCheaply.\n",
-        [["## Body", "## Mind", "## Food"]]),
-    "a title above the sections is not one of them": (
-        f"# Healthy days\n\n# Body\n\n{WALK}.\n\n# Mind\n\n{REST}.\n", [["# Body", "# Mind"]]),
-    "underlined headings": (f"Body\n----\n\n{WALK}.\n\nMind\n----\n\n{REST}.\n", [["Body\n--", "Mind\n--"]]),
-    "bold lines": (f"**Body**\n\n{WALK}.\n\n**Mind**\n\n{REST}.\n", [["**Body", "**Mind"]]),
-    "label lines": (f"Body:\n{WALK}.\n\nMind:\n{REST}.\n", [["Body:", "Mind:"]]),
-    "labels of eight words": (
-        f"Good habits for the body and its muscles:\n\n- {WALK}\n\nGood habits for the mind and its rest:\n\n- {REST}\n",
-        [["Good habits for the body", "Good habits for the mind"]]),
-    "labelled paragraphs": (f"Body: {WALK}.\n\nMind: {REST}.\n\nFood: {FOOD}.", [["Body:", "Mind:", "Food:"]]),
+        ["## Body", "## Mind", "## Food"]),
+    "underlined headings": (f"Body\n----\n\n{WALK}.\n\nMind\n----\n\n{REST}.\n", ["Body\n--", "Mind\n--"]),
+    "bold lines": (f"**Body**\n\n{WALK}.\n\n**Mind**\n\n{REST}.\n", ["**Body", "**Mind"]),
+    "bold labels": (f"**Body:** {WALK}.\n\n**Mind**: {REST}.\n", ["**Body", "**Mind"]),
+    "label lines": (f"Body:\n{WALK}.\n\nMind:\n{REST}.\n", ["Body:", "Mind:"]),
+    "labels like titles": (
+        f"Pros and Cons of Walking in the Morning:\n\n- {WALK}\n\nMore About the Sleep of Adults:\n\n- {REST}\n",
+        ["Pros and", "More About"]),
+    "labelled paragraphs": (f"Body: {WALK}.\n\nMind: {REST}.\n\nFood: {FOOD}.", ["Body:", "Mind:", "Food:"]),
     "reasons in paragraphs": (
-        f"One reason is health: {WALK}.\n\nAnother reason is calm: {REST}.\n\n", [["One reason", "Another reason"]]),
-    "First, Second": (f"First, {WALK}.\n\nSecond, {REST}.\n\nFinally, {FOOD}.\n", [["First,", "Second,"]]),
+        f"One reason is health: {WALK}.\n\nAnother reason is calm: {REST}.\n\n", ["One reason", "Another reason"]),
+    "First, Second": (f"First, {WALK}.\n\nSecond, {REST}.\n\nFinally, {FOOD}.\n", ["First,", "Second,"]),
     "two lists with prose between": (
         f"It helps a lot to begin with two things:\n\n- Walk: {WALK}.\n- Plan: {FOOD}.\n\nAnd to drop two others:\n\n"
         f"- Coffee: none after noon, since it keeps most people awake long into the night.\n- Screens: {REST}.\n",
-        [["- Walk", "- Plan"], ["- Coffee", "- Screens"]]),
+        ["- Walk", "- Plan"], ["- Coffee", "- Screens"]),
     "fields of the items are no items": (
         f"1. Ash\nHeight: thirty metres, {WALK}\nUse: tools\n2. Elm\nHeight: twenty metres, {REST}\nUse: boats\n",
-        [["1. Ash", "2. Elm"]]),
+        ["1. Ash", "2. Elm"]),
     "Roman numbers hold letters": (
-        f"I. Body\nA. Walking: {WALK}\nB. Running\nII. Mind\nA. Sleep: {REST}\nB. Reading\n",
-        [["I. Body", "II. Mind"]]),
-    "Chinese": ("建议如下：\n\n一、早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n二、运动：每天早上散步三十分钟，风雨无阻。\n",
-                [["一、早睡", "二、运动"]]),
+        f"I. Body\nA. Walking: {WALK}\nB. Running\nII. Mind\nA. Sleep: {REST}\nB. Reading\n", ["I. Body", "II. Mind"]),
     "Chinese labels": ("早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n\n运动：每天早上散步三十分钟，风雨无阻，坚持一年。\n",
-                       [["早睡", "运动"]]),
+                       ["早睡", "运动"]),
     "numbered labels hold labels": (
         f"Review 1:\nTitle: Calm\n\n{WALK}.\n\nSlowly.\n\nReview 2:\nTitle: Busy\n\n{REST}.\n\nDaily.\n",
-        [["Review 1:", "Review 2:"]]),
-    "days": (f"Day 1: Oslo\n- {WALK}\n- eat\nDay 2: Rome\n- {REST}\n- drink\n", [["Day 1", "Day 2"]]),
+        ["Review 1:", "Review 2:"]),
+    "days": (f"Day 1: Oslo\n- {WALK}\n- eat\nDay 2: Rome\n- {REST}\n- drink\n", ["Day 1", "Day 2"]),
     "letters keep their greeting": (
         f"Subject: Offer\n\nDear Ms Ray,\n\nWe offer:\n\n- Walks: {WALK}.\n- Meals: {FOOD}.\n\nYours,\nAnn",
-        [["- Walks", "- Meals"]]),
+        ["- Walks", "- Meals"]),
 }
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure_is_cut_where_its_parts_start(name):
-    answer, expected = STRUCTURES[name]
-    found = blocks(answer)
-    assert [len(block) for block in found] == [len(openings) for openings in expected], reasons(answer)
-    for block, openings in zip(found, expected):
-        for branch, opening in zip(block, openings):
-            assert branch.text.startswith(opening), branch
+    assert_cut(*STRUCTURES[name])
 
 
-def test_text_after_a_list_is_serial():
-    """A paragraph below the last item belongs to the answer, not to the item."""
-    segments, _ = extract(f"- Walk: {WALK}.\n- Rest: {REST}.\n\nStart today.")
-    assert segments[-1] == "Start today."
+def test_line_breaks_open_the_next_title():
+    """So a branch that is cut short is never glued to the next one. What stands below the last one is serial."""
+    segments, _ = extract(f"Two:\n\n- Walk: {WALK}.\n\n- Rest: {REST}.\n\nStart today.")
+    assert segments[0] == "Two:\n\n" and segments[2] == "\n\nStart today."
+    assert segments[1] == Block([("- Walk", f": {WALK}."), ("\n\n- Rest", f": {REST}.")])
+
+
+ENDS = {  # what stands below a last part that is no longer its own
+    "a paragraph below a list": (f"- Walk: {WALK}.\n- Rest: {REST}.\n", "\nStart today."),
+    "more paragraphs than its siblings have": (f"- Walk\n\nDo {WALK}.\n\n- Rest\n\nDo {REST}.\n", "\nStart today."),
+    "a conclusion below sections": (f"## Body\n- {WALK}\n\n## Mind\n- {REST}\n", "\nIn conclusion, both help.\n"),
+    "a heading that sums up": (f"## Cats\n\n{WALK}.\n\n## Dogs\n\n{REST}.\n", "\n## Summary\n\nBoth are fine.\n"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_goes_on_after_the_last_part_is_serial(name):
+    answer, rest = ENDS[name]
+    segments, _ = extract(answer + rest)
+    assert len(segments[-2]) == 2 and segments[-1] == "\n" + rest
 
 
 def test_long_lists_are_grouped_in_order():
     """Forty items become at most sixteen branches, neighbours together, titled by their first item."""
     items = [f"{i}. Town{i}: a quiet place with an old harbour and a market on Fridays.\n" for i in range(1, 41)]
     [block] = blocks("".join(items))
-    assert 4 <= len(block) <= 16 and "".join(b.text for b in block) == "".join(items)
-    assert all(b.text.startswith(b.title) and b.text.count("\n") == block[0].text.count("\n") for b in block[:-1])
+    assert 4 <= len(block) <= 16 and titles(block)[1] == "5. Town5"
+    assert all(text.count("\n") == 3 for text in texts(block))
 
 
 UNTOUCHED = {
     "prose": f"People who {WALK} tend to sleep well.\n\nThey also {REST}.\n\nMost of them {FOOD}.",
-    "code": f"```yaml\n- walk: {WALK}\n- rest: {REST}\n- food: {FOOD}\n```\n",
-    "fence of tildes": f"~~~\n1. {WALK}\n2. {REST}\n3. {FOOD}\n~~~\n",
     "table": f"| Habit | How |\n|---|---|\n| - Walk | {WALK} |\n| - Rest | {REST} |\n",
     "poem": ("The harbour sleeps, the lamps are low,\nThe tide returns as tides will go,\n\n"
         "And one by one the boats come in\nWith silver cargo, fin by fin."),
@@ -148,56 +170,112 @@ def test_text_without_independent_parts_stays_serial(name):
 
 
 # -----------------------------------------------------------------------------
-# refusals: two or three parts that look like a list, and why they are not independent
+# what real answers did to the outline
+
+LISTED = f"- Walk: {WALK}.\n- Rest: {REST}.\n"
+OPAQUE = {  # a region that holds what looks like a list
+    "fence": f"```yaml\n{LISTED}```\n",
+    "fence that holds a shorter one": f"````\n```\n{LISTED}```\n{LISTED}````\n",
+    "fence of tildes that holds backticks": f"~~~\n```\n{LISTED}~~~\n",
+    "closing fence with a word is none": f"```\n{LISTED}``` no\n{LISTED}```\n",
+    "fence that is not closed": f"```\n{LISTED}",
+    "formula between dollars": f"$$\n{LISTED}$$\n",
+    "formula between brackets": f"\\[\n{LISTED}\\]\n",
+    "formula that opens at the end of a line": f"So we have \\[\n{LISTED}\\]\n",
+    "reasoning": f"<think>\n{LISTED}</think>\n",
+    "reasoning whose start was in the prompt": f"First I think.\n{LISTED}</think>\n",
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_opaque_regions_are_not_cut(name):
+    """Nor do they hide what follows them, once they are closed."""
+    assert blocks(OPAQUE[name]) == []
+    if "not closed" not in name:
+        assert_cut(OPAQUE[name] + f"\n- Plan: {FOOD}.\n- Sit: {WALK}.\n", ["- Plan", "- Sit"])
+
+
+@pytest.mark.parametrize("line", ["```ls``` lists files.", "Use ``` for code.", "$$x = 1$$", "\\[ x = 1 \\]", "a | b"])
+def test_a_line_that_closes_what_it_opens_hides_nothing(line):
+    assert_cut(f"{line}\n{LISTED}", ["- Walk", "- Rest"])
+
+
+NOTATIONS = {  # markers of siblings, a blank after them or not
+    "Chinese numbers of two characters": ["九、", "十、", "十一、", "十二、"],
+    "kana and ideographs after the number": ["1.財布は", "2.かさは", "3.かぎは"],
+    "letters after the number": ["1.Wallet ", "2.傘は", "3.Key "],
+    "numbers that grow": ["998. ", "999. ", "1000. ", "1001. "],
+    "right-aligned numbers": [" 9. ", "10. ", "11. "],
+    "a colon after some": ["First: ", "Second, ", "Third: "],
+    "adverbs": ["Firstly, ", "Secondly: ", "Thirdly, "],
+    "letters that could be Roman": ["g. ", "h. ", "i. ", "j. "],
+    "Roman numbers": ["iv. ", "v. ", "vi. "],
+    "bold numbers": ["**1.** ", "**2.** ", "**3.** "],
+    "circles": ["・", "・", "・"],
+}
+
+
+@pytest.mark.parametrize("name", NOTATIONS)
+def test_siblings_have_one_notation(name):
+    """A marker depends neither on what follows it nor on how long its number is."""
+    bodies = [f"Aa {WALK}", f"Bb {REST}", f"Cc {FOOD}", f"Dd {WALK}"]
+    parts = [marker + body for marker, body in zip(NOTATIONS[name], bodies)]
+    assert_cut("\n\n".join(parts) + "\n", [part.strip() for part in parts])
+
+
+def test_a_run_that_skips_the_number_of_a_line_is_refused():
+    """The line between is one of the siblings, in a notation that was not seen."""
+    answer = f"1. Walk: {WALK}.\n2 - Sit: {FOOD}.\n3. Rest: {REST}.\n"
+    assert blocks(answer) == [] and "its numbers skip one that a line inside a part starts with" in reasons(answer)
+    assert len(blocks(answer.replace("2 - Sit", "Sit"))) == 1
+
+
+@pytest.mark.parametrize("line", [
+    "A good report has three properties:", "The plan includes two stages:", "You need the following:",
+    "There are several reasons for this:", "Consider these:", "好的报告有三个特点："])
+def test_a_line_that_introduces_a_list_is_no_label(line):
+    """The list below it is cut, not the line and what comes after."""
+    answer = f"{line}\n\n{LISTED}\nCost: {FOOD}, which is about all that there is to say.\n"
+    assert_cut(answer, ["- Walk", "- Rest"])
+
+
+# -----------------------------------------------------------------------------
+# rules: two or three parts that look like a list, and why they are not independent
 
 REFUSED = {  # reason: answers
     "titles are not distinct": [
-        f"Q: Why walk?\n\nA: Because {WALK}.\n\nQ: Why rest?\n\nA: Because {REST}.\n"],
+        f"### Why?\n\nBecause {WALK}.\n\n### Why?\n\nBecause {REST}.\n"],
     "works on what its siblings say": [
         f"1. Cats: {WALK}.\n2. Dogs: {REST}.\n3. Overall, both are fine pets, and the choice is yours to make.\n"],
-    "is a song or a play": [
-        UNTOUCHED["lyrics"], UNTOUCHED["stage directions"],
-        f"Panel 1: A fox has to {WALK}.\n\nPanel 2: It now wants to {REST}.\n"],
-    "solves an equation": [
-        "1. Move the constant, since only the unknown should stay on the left side:\n3x = 12 - 3\n"
-        "2. Divide, since a single unknown is what the question asks us to find here:\nx = 3\n"],
-    "steps of one recipe": [
-        f"1. **Mix:** Whisk the eggs with sugar, then {REST}.\n"
-        f"2. **Bake:** Pour the mixture into a tin, then {WALK}.\n"],
-    "opens by going on": [
+    "is a song or a play": [UNTOUCHED["lyrics"], UNTOUCHED["stage directions"]],
+    "goes on from a sibling": [
         f"1. Rome grew because people {WALK}.\n2. As a result, its neighbours had to {REST} and {FOOD}.\n",
-        f"1. Have you ever had to {REST}?\n2. If yes, tell us how you {WALK} and {FOOD}.\n"],
+        f"1. Have you ever had to {REST}?\n2. If yes, tell us how you {WALK} and {FOOD}.\n",
+        "1. 先把水烧开，等到水面不断冒出大泡为止。\n2. 然后把面条放进去，煮三分钟再捞出来，沥干水分。\n"],
     "points at a sibling": [
         f"1. Walk: {WALK}.\n2. Rest: as mentioned above, {REST}.\n",
         f"1. Walk: {WALK}.\n2. Rest: go back to step 1 and {REST}.\n",
         f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n",
-        f"1. Walk: {WALK}.\n2. Rest: with the advice above in mind, {REST}.\n"],
-    "opens with a pronoun for a sibling": [
-        f"- Foxes have learnt to {WALK} near towns.\n- They are shy animals that {REST}.\n"],
-    "steps without names": [
-        f"Follow these steps:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n3. Turn the key and {FOOD}\n",
-        f"You can use the following approach:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n",
-        f"Here is how you can do it:\n\n1. Open the box and {WALK}\n2. Lift the lid and {REST}\n"],
+        f"1. Walk: {WALK}.\n2. Rest: with the advice above in mind, {REST}.\n",
+        "1. 收集数据：从三个城市的学校里收集一年的成绩。\n2. 分析数据：用上一步得到的成绩计算每个城市的平均值。\n",
+        "1. 收集数据：从三个城市的学校里收集一年的成绩。\n2. 分析数据：根据上述成绩计算每个城市的平均值和方差。\n"],
     "uses a value worked out in a sibling": [
         f"1. Area: the room is 4 m by 6 m, which gives = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n",
         f"1. Shirts: two at 15 each are 2 * 15 = 30, {WALK}.\n2. In all: with shoes 30 + 40 = 70, {REST}.\n"],
     "uses a name of a sibling": [
-        f"1. Read the file, and {WALK}:\n```\nrows = load('a.csv')\n```\n"
-        f"2. Count it, and {REST}:\n```\nprint(len(rows))\n```\n",
         f"1. Page: open it, and {WALK}:\n```\n<p id='day-list'>\n```\n"
         f"2. Style: copy this, and {REST}:\n```\n#day-list {{ color: red }}\n```\n",
         f"1. Start: keep it as JobStartTime, and {WALK}.\n2. End: subtract JobStartTime, and {REST}.\n",
         f"1. Event: {{'title': 'Wedding'}}, and {WALK}.\n2. Guest: {{'event': 'Wedding'}}, and {REST}.\n",
-        f"Name: Zlorg\n\nLooks: {WALK}, as every Zlorg does.\n\nHome: {REST}.\n",
         f"1. Table: store the `user_name`, and {WALK}.\n2. Form: ask for the `user_name`, and {REST}.\n"],
-    "takes up a thing of a sibling": [
-        f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n"],
+    "takes up things of a sibling": [
+        f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n",
+        f"- Ship: there is a captain who tells all men to {WALK}.\n"
+        f"- Storm: the captain's hat is lost, so they {REST}.\n"],
     "goes on with a sibling's story": [
         f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
-        f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n",
-        f"Page 1:\nWe see how Marta, Pedro, Lucia and Bruno {WALK}.\n\n"
-        f"Page 2:\nAs Marta and Pedro look on, Lucia and Bruno {REST}.\n"],
+        f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n"],
     "saves no steps": ["1. Ash\n2. Elm\n3. Oak\n", "- Yes, of course.\n- No.\n"],
 }
 CASES = [(reason, answer) for reason, answers in REFUSED.items() for answer in answers]
@@ -209,14 +287,12 @@ def test_dependent_parts_stay_serial_and_the_reason_is_given(reason, answer):
 
 
 ALLOWED = {  # what a branch may rely on: nearly the same answers as some that are refused
-    "what the text before says": f"Foxes are shy.\n\n- They often {WALK}.\n- They usually {REST}.\n",
+    "what the text before says": (f"Take a hole and a fence.\n\n- Plant: dig a hole, build a fence, then {WALK}.\n"
+        f"- Care: water the hole, paint the fence, then {REST}.\n"),
     "a value in the question": (f"1. Floor: the room has 4 x 6 = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n"),
     "what a title says": f"1. `shop.py`: add a file called `shop.py` and {WALK}.\n2. Test: run `shop.py` and {REST}.\n",
     "an item about results among others": f"1. Goal: {WALK}.\n2. Results: {REST}.\n3. Cost: {FOOD}.\n",
-    "named steps": f"Follow these steps:\n\n1. Unpack: open the box and {WALK}\n2. Lift: take the lid off and {REST}\n",
-    "dishes, each a recipe of its own": (f"1. Soup: simmer leeks for an hour, then {WALK}.\n"
-        f"2. Stew: stir beans in a saucepan, then {REST}.\n"),
 }
 
 
@@ -225,19 +301,12 @@ def test_a_branch_may_rely_on_the_question_the_lead_and_the_titles(name):
     assert len(blocks(ALLOWED[name], "How do I do the 24 square metres?")) == 1, reasons(ALLOWED[name])
 
 
-def test_summary_below_a_section_is_serial():
-    """A heading that sums its siblings up ends their block: it has to see them."""
-    segments, _ = extract(f"## Cats\n\n{WALK}.\n\n## Dogs\n\n{REST}.\n\n## Summary\n\nBoth are fine.\n")
-    assert len(segments[0]) == 2 and segments[1] == "## Summary\n\nBoth are fine.\n"
-
-
 def test_refused_sections_may_hold_lists_that_are_independent():
     answer = (f"**Plan:**\n\nRent is = 940 euros.\n\n- Walk: {WALK}.\n- Rest: {REST}.\n\n"
               "**Money:**\n\nKeep 940 euros.\n\n"
               f"- Food: {FOOD}.\n- Books: borrow most of them from the library in the town that is next to you.\n")
     assert "uses a value worked out in a sibling" in reasons(answer)
-    assert [len(block) for block in blocks(answer)] == [2, 2]
-    assert not blocks(answer)[0][-1].text.endswith("\n\n")  # the blank line is the outer section's
+    assert_cut(answer, ["- Walk", "- Rest"], ["- Food", "- Books"])
 
 
 # -----------------------------------------------------------------------------
@@ -258,13 +327,20 @@ TITLES = {  # items, their titles
 
 @pytest.mark.parametrize("name", TITLES)
 def test_title_is_the_label_or_the_fewest_words_that_tell_the_part_apart(name):
-    items, titles = TITLES[name]
+    items, expected = TITLES[name]
     [block] = blocks("".join(f"{item}, {body}.\n" for item, body in zip(items, [WALK, REST])))
-    assert [b.title for b in block] == titles
+    assert titles(block) == expected
+
+
+def test_titles_are_short():
+    """The engine gives a title 32 tokens: links and labels of many words are cut."""
+    link = "https://example.org/" + "path/" * 50
+    [block] = blocks(f"- {link} {WALK}.\n- Rest {link} {REST}.\n- One {'two ' * 50}: {FOOD}.\n")
+    assert all(len(title) <= 80 for title in titles(block))
 
 
 def test_block_opens_only_where_it_saves_steps():
-    """The longest branch is waited for, titles and tags are serial: one long part among short ones saves nothing."""
+    """The longest branch is waited for, titles and tags are serial: one long part alone saves nothing."""
     item = "is a harbour town with an old market and a bridge"
     assert len(blocks(f"- Oslo: {item}.\n- Rome: {item}.\n- Bern: {item}.\n")) == 1
     assert blocks(f"- Oslo: {' '.join([item] * 30)}.\n- Rome: small.\n- Bern: quiet.\n") == []
@@ -273,14 +349,14 @@ def test_block_opens_only_where_it_saves_steps():
 # -----------------------------------------------------------------------------
 # any text at all, in linear time
 
-PIECES = ["1. ", "2) ", "- ", "* ", "**Bold:** ", "## ", "\n", "\n\n", "\r\n", "\t", "    ", "```\n", "|a|b|\n",
+PIECES = ["1. ", "2) ", "- ", "* ", "**Bold:** ", "## ", "\n", "\n\n", "\r\n", "\t", "    ", "```\n", "~~~\n", "|a|b|\n",
           "---\n", "Step 1: ", "Label:\n", "a. ", "ii. ", "(1) ", "一、", "早睡：", "<|branch|>", "<|/title|>", "the pan ",
           "a pan ", "However, ", "They are ", "= 12.5 ", "x = 3\n", "`x.py` ", "\u2028", "\x00", "\ud800", "🙂", "é",
-          "First, ", "Summary\n", "word ", "٣. ", "²) "]
+          "First, ", "Summary\n", "word ", "٣. ", "²) ", "$$\n", "\\[\n", "\\]\n", "</think>", "İ. "]
 
 
 def test_nothing_is_lost_whatever_the_text():
-    """Random Markdown rubble: joined segments are the text; titles are distinct, non-empty prefixes of branches."""
+    """Random Markdown rubble: joined segments are the text; titles are distinct and say something."""
     rng = random.Random(0)
     for n in range(FUZZED):
         answer = "".join(rng.choices(PIECES, k=rng.randrange(60)))
@@ -288,25 +364,44 @@ def test_nothing_is_lost_whatever_the_text():
             answer = "".join(f"{rng.choice(['- ', f'{i}. '])}{i}{' '.join(rng.choices(PIECES, k=12))}\n"
                              for i in range(9))
         for block in blocks(answer, "".join(rng.choices(PIECES, k=3))):
-            assert 2 <= len(block) <= 16 and len({b.title for b in block}) == len(block)
-            assert all(b.title.strip() and b.text.startswith(b.title) for b in block), answer
+            assert 2 <= len(block) <= 16 and len(set(titles(block))) == len(block)
+            assert all(titles(block)), answer
 
 
 STRESS = {"1. 1. 1.": "1. ", "items": "1. a thing of the town\n", "labels": "Aa: b\n\n", "stars": "* ",
-          "blank lines": "\n", "headings": "# a\n", "code": "x = 33\n", "one word": "a", "fences": "```\n"}
+          "blank lines": "\n", "headings": "# a\n", "code": "x = 33\n", "one word": "a", "fences": "```\n",
+          "formulas": "$$\n", "brackets": "\\[\n", "bullets": "- a\n", "kinds": "- a\n1. b\n"}
+
+
+def seconds(text):
+    """Processor time to extract, the best of three runs."""
+    best = 1e9
+    for _ in range(3):
+        start = time.process_time()
+        extract(text)
+        best = min(best, time.process_time() - start)
+    return best
 
 
 @pytest.mark.parametrize("name", STRESS)
 def test_time_grows_linearly(name):
-    """Twice the text takes about twice the time (three times, and a little for the clock), the best of three runs."""
-    def seconds(size):
-        text, best = STRESS[name] * (size // len(STRESS[name])), 1e9
-        for _ in range(3):
-            start = time.process_time()
-            extract(text)
-            best = min(best, time.process_time() - start)
-        return best
-    assert seconds(200_000) < 3 * seconds(100_000) + 0.05
+    """Twice the text takes about twice the time (three times, and a little for the clock)."""
+    text = STRESS[name] * (60_000 // len(STRESS[name]))
+    assert seconds(text + text) < 3 * seconds(text) + 0.1
+
+
+LONG = {"one word": "a", "names": "a_b", "values": "=12", "signs": "(", "backticks": "`", "lines": "\n[[["}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_time_grows_linearly_inside_parts(name):
+    def answer(n):
+        return f"1. x {LONG[name] * n}\n4. y {LONG[name] * n}\n5. z"
+    assert seconds(answer(20_000)) < 3 * seconds(answer(10_000)) + 0.1
+
+
+def test_deep_nesting_is_no_error():
+    assert join(extract("".join("  " * depth + "- a\n" for depth in range(1000)))[0])
 
 
 def test_a_megabyte_of_markers_takes_under_two_seconds():

@@ -1,173 +1,337 @@
-"""The layout: one row table for training and decoding, held to the design's example and to slow code that loops."""
+"""The layout, one row for training and decoding, and the rule of who sees whom: held to the
+design's example and to slow code that loops."""
+import pickle
 import random
-from collections import Counter
+from itertools import groupby
 
 import pytest
 import torch
 
-from aspd import IGNORE, Branch, Special, branch_mask, is_block, join, layout, plain, stats, summary, tally, tokenize
+import aspd
+from aspd import (IGNORE, POSITIONS, Block, Branch, Metrics, Tags, branch_mask, cache_mask, join,
+                  layout, plain, stats, tokenize)
 from helpers import TOKENIZER, random_ids, random_segments
 
-SPECIAL = TOKENIZER.special
-SHAPES = [dict(blocks=3), dict(blocks=1, branches=2), dict(blocks=2, branches=5, long=300), dict(blocks=0)]
-CASES = [(seed, shape) for seed, shape in enumerate(SHAPES)]
+TAGS = TOKENIZER.tags
+EOS = TOKENIZER.eos
 PROMPT = [7, 7, 7]
+SHAPES = [dict(blocks=3), dict(blocks=1, branches=2), dict(blocks=2, branches=5, long=300),
+          dict(blocks=0)]
+CASES = list(enumerate(SHAPES))  # (seed, shape)
 
 
-def row_of(seed, shape, scheme="aspd", stride=0):
-    return layout(PROMPT, random_ids(seed, **shape), SPECIAL, scheme, stride)
+def row_of(seed, shape, positions="aspd"):
+    return layout(PROMPT, random_ids(seed, **shape), EOS, TAGS, positions)
 
 
-def slow_row(prompt, ids, special, scheme="aspd", stride=0):
-    """[token, block, branch, position, target] of every row token, one after the other."""
-    rows, at, block = [], 0, 0  # at: position of the next serial token
-    serial = None               # the last serial row token: what waits for the next one as its target
+def columns(row):
+    """A Row as a list of [token, block, branch, position, target]."""
+    return torch.stack(row, dim=1).tolist()
 
-    def add(token, block, branch, position, previous, chosen):
-        if previous is not None and chosen:
-            previous[4] = token
-        rows.append([token, block, branch, position, IGNORE])
-        return rows[-1]
 
-    def feed(tokens, chosen=True):
-        nonlocal serial, at
+# ---- the row ----------------------------------------------------------------
+
+class SlowRow:
+    """The layout written down token after token, each as [token, block, branch, position,
+    target]."""
+
+    def __init__(self, prompt, ids, positions="aspd"):
+        self.rows = []
+        self.at = 0          # position of the next serial token
+        self.serial = None   # the last serial row: what waits for the next one as its target
+        self.feed(prompt, chosen=False)
+        blocks = 0
+        for segment in ids:
+            if isinstance(segment, Block):
+                blocks += 1
+                self.feed_block(segment, blocks, positions)
+            else:
+                self.feed(segment)
+        self.serial[4] = EOS
+
+    def add(self, token, block, branch, position, before, chosen):
+        """before: the row before this one in its stream, or None."""
+        if before is not None and chosen:
+            before[4] = token
+        self.rows.append([token, block, branch, position, IGNORE])
+        return self.rows[-1]
+
+    def feed(self, tokens, chosen=True):
         for token in tokens:
-            serial, at = add(token, 0, 0, at, serial, chosen), at + 1
+            self.serial = self.add(token, 0, 0, self.at, self.serial, chosen)
+            self.at += 1
 
-    feed(prompt, chosen=False)
-    for s in ids:
-        if not is_block(s):
-            feed(s)
-            continue
-        block += 1
-        for i, (title, _) in enumerate(s):
-            feed([special.title], chosen=i != 1)
-            feed(title + [special.title_end])
-        feed([special.para])
-        lengths = [1 + len(title + rest) + 1 for title, rest in s]
-        for i, (title, rest) in enumerate(s):
+    def feed_block(self, block, number, positions):
+        for i, (title, _) in enumerate(block):
+            self.feed([TAGS.title], chosen=i != 1)
+            self.feed(title + [TAGS.title_end])
+        self.feed([TAGS.para])
+        lengths = []
+        for i, (title, rest) in enumerate(block):
+            tokens = [TAGS.branch] + title + rest + [TAGS.branch_end]
             last = None
-            for j, token in enumerate([special.branch] + title + rest + [special.branch_end]):
-                start = at + i * stride if scheme == "stride" else at
-                last = add(token, block, i + 1, start + j, last, chosen=j > len(title))
-        at += {"aspd": sum(lengths), "longest": max(lengths), "stride": len(s) * stride}[scheme]
-        feed([special.para_end], chosen=False)
-    serial[4] = special.eos
-    return rows
+            for j, token in enumerate(tokens):
+                is_rest = j > len(title)
+                last = self.add(token, number, i + 1, self.at + j, last, chosen=is_rest)
+            lengths.append(len(tokens))
+        self.at += sum(lengths) if positions == "aspd" else max(lengths)
+        self.feed([TAGS.para_end], chosen=False)
 
 
 def test_layout_is_the_table_of_the_design():
-    """Section 3's example: token, block, branch, position and target of every column."""
-    names = "P S <title> t1 </title> <title> t2 </title> <para> <branch> t1 r1 </branch> <branch> t2 r2 </branch> </para> E"
-    words = {w: i for i, w in enumerate("<title> </title> <para> </para> <branch> </branch> eos P S E t1 t2 r1 r2".split())}
-    special = Special(*range(7))
-    ids = [[words["S"]], [([words["t1"]], [words["r1"]]), ([words["t2"]], [words["r2"]])], [words["E"]]]
-    row = layout([words["P"]], ids, special)
-    targets = "S <title> t1 </title> - t2 </title> <para> - - r1 </branch> - - r2 </branch> - E eos".split()
-    assert row.token.tolist() == [words[w] for w in names.split()]
+    """Section 3's example: token, block, branch, position and target of every row token."""
+    names = ("P S <title> t1 </title> <title> t2 </title> <para> <branch> t1 r1 </branch> "
+             "<branch> t2 r2 </branch> </para> E").split()
+    targets = ("S <title> t1 </title> - t2 </title> <para> - - r1 </branch> - - r2 </branch> - "
+               "E eos").split()
+    words = "<title> </title> <para> </para> <branch> </branch> eos P S E t1 t2 r1 r2".split()
+    number = {word: i for i, word in enumerate(words)} | {"-": IGNORE}
+    block = Block([Branch([number["t1"]], [number["r1"]]), Branch([number["t2"]], [number["r2"]])])
+    ids = [[number["S"]], block, [number["E"]]]
+    row = layout([number["P"]], ids, number["eos"], Tags(*range(6)))
+    assert row.token.tolist() == [number[name] for name in names]
     assert row.block.tolist() == [0] * 9 + [1] * 8 + [0] * 2
     assert row.branch.tolist() == [0] * 9 + [1] * 4 + [2] * 4 + [0] * 2
     assert row.position.tolist() == [*range(9), 9, 10, 11, 12, 9, 10, 11, 12, 17, 18]
-    assert row.target.tolist() == [IGNORE if w == "-" else words[w] for w in targets]
+    assert row.target.tolist() == [number[name] for name in targets]
+    assert all(column.dtype == torch.int64 for column in row)
 
 
-@pytest.mark.parametrize("scheme,stride", [("aspd", 0), ("longest", 0), ("stride", 4000)])
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("seed,shape", CASES)
-def test_layout_equals_a_loop_over_tokens(seed, shape, scheme, stride):
-    """Every column, under every position scheme, with several blocks and eight branches, one far longer than the rest."""
-    row = row_of(seed, shape, scheme, stride)
-    assert list(map(list, zip(*map(list, row)))) == slow_row(PROMPT, random_ids(seed, **shape), SPECIAL, scheme, stride)
+def test_layout_equals_a_loop_over_tokens(seed, shape, positions):
+    """Every column, with several blocks and up to eight branches, one far longer than the
+    others."""
+    expected = SlowRow(PROMPT, random_ids(seed, **shape), positions).rows
+    assert columns(row_of(seed, shape, positions)) == expected
 
 
 def test_layout_of_adjacent_blocks_and_of_a_bare_block():
     """Blocks with nothing before, between or behind them."""
     block = random_ids(1, blocks=1)[1]
     for ids in ([block], [block, block], [block, [5], block, block]):
-        assert list(map(list, zip(*map(list, layout(PROMPT, ids, SPECIAL))))) == slow_row(PROMPT, ids, SPECIAL)
+        assert columns(layout(PROMPT, ids, EOS, TAGS)) == SlowRow(PROMPT, ids).rows
 
 
-@pytest.mark.parametrize("seed,shape", CASES)
-def test_mask_equals_its_definition(seed, shape):
-    """q sees k iff k is at or before q, unless both are in one block but in different branches."""
-    row = row_of(seed, shape | dict(long=30))
-    block, branch = row.block.tolist(), row.branch.tolist()
-    T = len(block)
-    expected = [[k <= q and not (block[q] == block[k] != 0 and branch[q] != branch[k]) for k in range(T)] for q in range(T)]
-    mask = branch_mask(torch.tensor(row.block), torch.tensor(row.branch))
-    assert mask.tolist() == expected
-    batch = branch_mask(torch.tensor([block, block]), torch.tensor([branch, [0] * T]))
-    assert torch.equal(batch[0], mask), "leading dimensions are a batch"
+def test_serial_row_needs_no_tags_and_is_the_tokens_one_after_the_other():
+    """So the serial twin of a training answer is laid out by the same function."""
+    row = layout(PROMPT, [[4, 5], [6]], EOS)
+    assert row.token.tolist() == PROMPT + [4, 5, 6]
+    assert row.position.tolist() == [0, 1, 2, 3, 4, 5]
+    assert row.target.tolist() == [IGNORE, IGNORE, 4, 5, 6, EOS]
+    assert not row.block.any() and not row.branch.any()
 
 
-def test_unknown_scheme_is_refused_by_name():
-    with pytest.raises(ValueError, match="'sideways'.*aspd, longest, stride"):
+def test_unknown_position_scheme_is_refused_by_name():
+    with pytest.raises(ValueError, match="'sideways'.*aspd.*longest"):
         row_of(0, {}, "sideways")
 
 
-def test_branch_longer_than_the_stride_is_refused_with_both_lengths():
-    ids = [[([1, 2], [3]), ([4], [5] * 20)]]
-    longest = 1 + 1 + 20 + 1
-    layout(PROMPT, ids, SPECIAL, "stride", longest)
-    with pytest.raises(ValueError, match=rf"\b{longest}\b.*\b{longest - 1}\b"):
-        layout(PROMPT, ids, SPECIAL, "stride", longest - 1)
+# ---- who sees whom ----------------------------------------------------------
 
+@pytest.mark.parametrize("seed,shape", CASES)
+def test_branch_mask_equals_its_definition(seed, shape):
+    """q sees k iff k is at or before q, unless both are in one block but in different branches."""
+    row = row_of(seed, shape | dict(long=30))
+    block = row.block.tolist()
+    branch = row.branch.tolist()
+
+    def sees(q, k):
+        siblings = block[q] == block[k] != 0 and branch[q] != branch[k]
+        return k <= q and not siblings
+
+    n = len(block)
+    mask = branch_mask(row.block, row.branch)
+    assert mask.tolist() == [[sees(q, k) for k in range(n)] for q in range(n)]
+
+
+def test_branch_mask_takes_a_batch():
+    """Rows of a batch do not mix: leading dimensions are kept."""
+    rows = [row_of(seed, dict(blocks=1, branches=2, long=9)) for seed in (3, 4)]
+    n = min(len(row.token) for row in rows)
+    block = torch.stack([row.block[:n] for row in rows])
+    branch = torch.stack([row.branch[:n] for row in rows])
+    alone = torch.stack([branch_mask(row.block[:n], row.branch[:n]) for row in rows])
+    assert torch.equal(branch_mask(block, branch), alone)
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_cache_mask_equals_its_definition():
+    """A query sees the slots at or before its own that are shared or belong to its branch, for any
+    slots, branches and owners; also for branch -1, which the padding is."""
+    rng = random.Random(0)
+    for _ in range(50):
+        owner = rng.choices(range(-1, 4), k=rng.randint(1, 20))
+        slot = [rng.randrange(len(owner)) for _ in range(rng.randint(1, 6))]
+        branch = rng.choices(range(-1, 4), k=len(slot))
+        expected = [[k <= q and owner[k] in (0, own) for k in range(len(owner))]
+                    for q, own in zip(slot, branch)]
+        mask = cache_mask(torch.tensor(slot), torch.tensor(branch), torch.tensor(owner))
+        assert mask.tolist() == expected
+
+
+def mixed(stretch, branch, rng):
+    """A block's row indices in an order of feeding: its branches mixed at random, each in its
+    order."""
+    branches = [branch[i] for i in stretch]
+    waiting = {b: iter([i for i in stretch if branch[i] == b]) for b in set(branches)}
+    rng.shuffle(branches)
+    return [next(waiting[b]) for b in branches]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_two_masks_are_the_same_rule(seed):
+    """In whatever order the branches of a block are fed, and however many tokens a pass takes,
+    cache_mask lets a token see exactly what branch_mask lets it see in the row."""
+    rng = random.Random(seed)
+    row = row_of(seed, dict(blocks=rng.randint(1, 3), branches=rng.randint(2, 5), long=12))
+    mask = branch_mask(row.block, row.branch)
+    block = row.block.tolist()
+    branch = row.branch.tolist()
+    owner = torch.zeros(len(block), dtype=torch.int64)
+    index = []  # of each slot: the row index of the token in it
+    for number, stretch in groupby(range(len(block)), key=block.__getitem__):
+        waiting = list(stretch)
+        if number:
+            waiting = mixed(waiting, branch, rng)
+        while waiting:
+            n = rng.randint(1, 9)
+            slot = torch.arange(len(index), len(index) + len(waiting[:n]))
+            index += waiting[:n]
+            own = torch.tensor([branch[i] for i in waiting[:n]])
+            owner[slot] = own
+            for i, sees in zip(waiting[:n], cache_mask(slot, own, owner[:len(index)])):
+                visible = [index[k] for k in sees.nonzero()[:, 0]]
+                assert sorted(visible) == mask[i].nonzero()[:, 0].tolist()
+            waiting = waiting[n:]
+        owner.zero_()  # a block has ended: its slots become shared
+    assert sorted(index) == list(range(len(block)))
+
+
+# ---- tokens and text --------------------------------------------------------
+
+def without_tags(tokens):
+    """Drops titles and tags from a row's answer, by ids."""
+    out = []
+    in_title = False
+    for token in tokens:
+        if token == TAGS.title:
+            in_title = True
+        if not in_title and token not in TAGS:
+            out.append(token)
+        if token == TAGS.title_end:
+            in_title = False
+    return out
+
+
+MORE_CASES = CASES + [(seed, dict(blocks=2, branches=3)) for seed in range(10, 30)]
+
+
+@pytest.mark.parametrize("seed,shape", MORE_CASES)
+def test_tagging_loses_nothing(seed, shape):
+    """Segments join to the text, and their ids without titles and tags decode to it, even where it
+    talks about tags."""
+    segments = random_segments(random.Random(seed), **shape)
+    text = ""
+    for segment in segments:
+        if isinstance(segment, Block):
+            text += "".join(title + rest for title, rest in segment)
+        else:
+            text += segment
+    ids = tokenize(segments, TOKENIZER.encode)
+    assert join(segments) == text
+    assert TOKENIZER.decode(plain(ids)) == text
+    assert without_tags(row_of(seed, shape).token[len(PROMPT):].tolist()) == plain(ids)
+
+
+def test_pieces_are_tokenised_apart():
+    """Serial text, a title and the rest of its branch each go to the tokenizer alone, so that
+    decoding feeds what training saw; and blocks stay blocks."""
+    seen = []
+
+    def encode(text):
+        seen.append(text)
+        return [len(seen)]
+
+    block = Block([Branch("1. A", ": x"), Branch("\n2. B", "")])
+    ids = tokenize(["serial", block, "end"], encode)
+    assert seen == ["serial", "1. A", ": x", "\n2. B", "", "end"]
+    assert ids == [[1], Block([Branch([2], [3]), Branch([4], [5])]), [6]]
+    assert [isinstance(segment, Block) for segment in ids] == [False, True, False]
+
+
+# ---- figures ----------------------------------------------------------------
 
 def test_stats_of_the_worked_example():
     """Section 7: 9 serial + 1 + 2 = 12 steps, for 6 plain tokens."""
-    s = stats([[1], [([2], [3]), ([4], [5])], [6]])
-    assert (s.tokens, s.steps, s.branches, s.branch_tokens, s.title_tokens) == (6, 12, [2], 4, 2)
-    plain_answer = stats([[1, 2, 3]])
-    assert (plain_answer.tokens, plain_answer.steps, plain_answer.speedup) == (3, 3, 1.0)
+    s = stats([[1], Block([Branch([2], [3]), Branch([4], [5])]), [6]])
+    assert (s.tokens, s.steps, s.speedup) == (6, 12, 0.5)
+    assert (s.branches, s.branch_tokens, s.title_tokens) == ((2,), 4, 2)
+    s = stats([[1, 2, 3]])
+    assert (s.tokens, s.steps, s.speedup, s.branches) == (3, 3, 1.0, ())
+    assert stats([]).speedup == 1.0
 
 
 @pytest.mark.parametrize("seed,shape", CASES)
 def test_stats_count_what_the_row_shows(seed, shape):
-    """Steps and tokens, counted again from the row: serial row tokens but <|para|>, and the longest rest of each block."""
-    ids, row = random_ids(seed, **shape), row_of(seed, shape)
-    token, block = row.token[len(PROMPT):], row.block[len(PROMPT):]
-    steps = sum(t != SPECIAL.para for t in token[block == 0])
-    for s in filter(is_block, ids):
-        steps += 1 + max(len(rest) + 1 for _, rest in s)
+    """Steps and tokens, counted again from the row: serial row tokens but <|para|>, and for each
+    block the longest rest with its <|/branch|>, and one."""
+    ids = random_ids(seed, **shape)
+    row = row_of(seed, shape)
+    token = row.token[len(PROMPT):]
+    block = row.block[len(PROMPT):]
+    branch = row.branch[len(PROMPT):]
+    chosen = row.target[len(PROMPT):] != IGNORE
+    steps = ((block == 0) & (token != TAGS.para)).sum()
+    for b in range(1, block.max() + 1):
+        in_block = (block == b) & chosen  # a branch chooses its rest and its <|/branch|>
+        steps += 1 + branch[in_block].bincount().max()
     s = stats(ids)
-    assert s.steps == steps and s.tokens == len(plain(ids)) and s.branches == [len(b) for b in ids if is_block(b)]
-    assert s.branch_tokens == sum((block > 0) & (token < 256))
+    assert s.steps == steps
+    assert s.tokens == len(plain(ids))
+    assert s.branches == tuple(len(segment) for segment in ids if isinstance(segment, Block))
+    assert s.branch_tokens == ((block > 0) & (token < 256)).sum()
+    titles = [title for segment in ids if isinstance(segment, Block) for title, _ in segment]
+    assert s.title_tokens == sum(map(len, titles))
 
 
-def without_tags(tokens):
-    """Drops titles and tags from a row's answer, by ids."""
-    out, in_title = [], False
-    for t in tokens:
-        in_title = (in_title or t == SPECIAL.title) and t != SPECIAL.title_end
-        out += [t] if not in_title and t not in SPECIAL else []
-    return out
+def test_metrics_are_the_papers():
+    """Section 7, by hand: PPD over all answers, ABN over blocks, APD and APE over parallel
+    answers."""
+    # Of 20 tokens, 3 of titles; of 7 tokens, 3 of titles.
+    block = Block([Branch([1, 1], [2] * 8), Branch([1], [2] * 9)])
+    three = Block([Branch([1], [2]), Branch([1], [2]), Branch([1], [2, 2])])
+    answers = [[[5] * 10], [[5] * 20, block], [three, [5] * 3, three]]
+    metrics = Metrics()
+    for ids in answers:
+        metrics.add(stats(ids))
+    speedups = [stats(ids).speedup for ids in answers]
+    assert metrics.figures() == pytest.approx({
+        "answers": 3, "PPD": 2 / 3, "ABN": (2 + 3 + 3) / 3, "APD": (20 / 40 + 14 / 17) / 2,
+        "APE": (17 / 20 + 8 / 14) / 2, "speedup": sum(speedups) / 3, "best": max(speedups)})
 
 
-@pytest.mark.parametrize("seed,shape", CASES + [(seed, dict(blocks=2, branches=3)) for seed in range(10, 30)])
-def test_tagging_loses_nothing(seed, shape):
-    """Segments join to the text, and their ids without titles and tags decode to it, even where it talks about tags."""
-    segments = random_segments(random.Random(seed), **shape)
-    text = "".join(s if isinstance(s, str) else "".join(b.text for b in s) for s in segments)
-    ids = tokenize(segments, TOKENIZER.encode)
-    assert join(segments) == text
-    assert TOKENIZER.decode(plain(ids)) == text
-    assert TOKENIZER.decode(without_tags(row_of(seed, shape).token[len(PROMPT):].tolist())) == text
-
-
-def test_pieces_are_tokenised_apart():
-    """Serial text, a title and the rest of its branch each go to the tokenizer alone, so decoding feeds what training saw."""
-    seen = []
-    segments = ["serial", [Branch("1. A", "1. A: x"), Branch("2. B", "2. B")], "end"]
-    tokenize(segments, lambda text: seen.append(text) or [len(seen)])
-    assert sorted(seen) == sorted(["serial", "1. A", ": x", "2. B", "", "end"])
-
-
-def test_tally_holds_sums_alone():
-    """What data.py keeps of a file does not grow with it; the best is of all answers, in whatever order."""
-    parallel, serial = stats([[5], [([1], [0] * 40), ([2], [0] * 50)]]), stats([[1, 2, 3]])
-    few, many = Counter(), Counter()
-    for total, n in ((few, 1), (many, 500)):
+def test_metrics_hold_sums_alone():
+    """What data.py keeps of a file does not grow with it; of nothing, the figures are zeros."""
+    parallel = stats([[5], Block([Branch([1], [0] * 40), Branch([2], [0] * 50)])])
+    serial = stats([[1, 2, 3]])
+    few = Metrics()
+    many = Metrics()
+    for metrics, n in ((few, 1), (many, 500)):
         for s in [serial, parallel, serial] * n:
-            tally(total, s)
-    assert len(few) == len(many) and all(isinstance(value, (int, float)) for value in many.values())
-    assert summary(many) == pytest.approx({**summary(few), "answers": 1500})
-    assert summary(few)["best"] == parallel.speedup and summary(few)["PPD"] == pytest.approx(1 / 3)
+            metrics.add(s)
+    assert len(pickle.dumps(many)) < len(pickle.dumps(few)) + 50
+    assert many.figures() == pytest.approx(few.figures() | {"answers": 1500})
+    assert many.figures()["best"] == parallel.speedup, "of all answers, in whatever order"
+    assert not any(Metrics().figures().values())
+
+
+def test_picture_of_aspd_py_shows_the_mask(capsys):
+    """`python aspd.py` prints a line a row token, with what it sees: itself, the prompt, no
+    sibling."""
+    aspd.main()
+    table, _ = capsys.readouterr().out.split("\n\n")
+    seen = [line.split()[-1] for line in table.splitlines()[1:]]
+    assert [len(marks) for marks in seen] == list(range(1, len(seen) + 1))
+    assert all(marks[0] == marks[-1] == "#" for marks in seen)
+    assert any("." in marks for marks in seen) and "." not in seen[-1]

@@ -1,4 +1,6 @@
-"""Training: checkpoints that survive anything, runs that resume bit for bit, and losses that count the right tokens."""
+"""Training: checkpoints that survive anything, runs that resume bit for bit, processes that train like
+one, and losses that count the right tokens."""
+import json
 import math
 import os
 import pickle
@@ -18,19 +20,30 @@ from torch.nn import functional as F
 import decode
 import model
 import train
-from aspd import layout, plain
-from data import Tokenizer, collate
-from helpers import TOKENIZER, random_ids, save_tiny, tiny_model, write_answers
-from model import from_checkpoint, read_checkpoint, save_checkpoint
+from aspd import IGNORE, Block, Branch, layout, plain
+from data import PATTERN, Tokenizer, collate
+from helpers import TOKENIZER, fails, random_ids, save_tiny, tiny_model, write_answers
+from model import from_checkpoint, from_published, read_checkpoint, save_checkpoint
+from published_helpers import publish, published_config, write_tokenizer
 from train import summed_loss
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--n-layer 1 --n-head 1 --batch-size 3 --dtype float32 --device cpu --micro-tokens 600 --lr 1e-3".split()
+SMALL = "--n-layer 1 --n-head 1 --batch-size 3 --dtype float32 --device cpu --lr 1e-3".split()
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    return write_answers(tmp_path_factory.mktemp("data") / "answers.jsonl")
+    return write_answers(tmp_path_factory.mktemp("data") / "answers.jsonl", 40)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """train.main() sets what they do, and a run of its own ends then."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def run_main(monkeypatch, *argv):
@@ -39,8 +52,7 @@ def run_main(monkeypatch, *argv):
 
 
 def assert_same(a, b, where="checkpoint"):
-    """Two checkpoints' values, tensors bit for bit."""
-    assert type(a) is type(b), where
+    """Two checkpoints' values, tensors bit for bit. (torch gives AdamW's betas back as a list.)"""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for k in a:
@@ -50,11 +62,11 @@ def assert_same(a, b, where="checkpoint"):
         for k, (x, y) in enumerate(zip(a, b)):
             assert_same(x, y, f"{where}[{k}]")
     else:
+        assert type(a) is type(b), where
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, where
 
 
-# -----------------------------------------------------------------------------
-# checkpoints
+# ---- checkpoints ------------------------------------------------------------
 
 def dies_while_writing(state, path):
     Path(path).write_bytes(b"half of a checkpoi")
@@ -65,7 +77,8 @@ def dies_while_replacing(source, target):
     raise OSError("killed")
 
 
-@pytest.mark.parametrize("owner,name,death", [(torch, "save", dies_while_writing), (Path, "replace", dies_while_replacing)])
+@pytest.mark.parametrize("owner,name,death", [(torch, "save", dies_while_writing),
+                                              (Path, "replace", dies_while_replacing)])
 def test_write_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch, owner, name, death):
     save_checkpoint(tmp_path, step=1)
     before = (tmp_path / "ckpt.pt").read_bytes()
@@ -73,9 +86,10 @@ def test_write_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch, owner,
         m.setattr(owner, name, death)
         with pytest.raises(OSError):
             save_checkpoint(tmp_path, step=2)
-    assert (tmp_path / "ckpt.pt").read_bytes() == before and read_checkpoint(tmp_path)["step"] == 1
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert read_checkpoint(tmp_path)["step"] == 1
     save_checkpoint(tmp_path, step=3)
-    assert read_checkpoint(tmp_path)["step"] == 3, "what the dead write left behind is no obstacle"
+    assert read_checkpoint(tmp_path)["step"] == 3, "what the dead write left is no obstacle"
 
 
 class RunsCode:
@@ -95,8 +109,10 @@ def test_broken_checkpoint_is_refused_with_its_path(tmp_path):
         read_checkpoint(tmp_path)
     save_tiny(tmp_path)
     whole = path.read_bytes()
-    cuts = [whole[:n] for n in (0, 1, 4, 100, len(whole) // 2, len(whole) - 1, len(whole) - 30)]
-    for content in [*cuts, b"hello\n" * 100, b"PK\x03\x04" + bytes(500), pickle.dumps({"step": 1}), b"\x80\x02."]:
+    cuts = (0, 1, 4, 100, len(whole) // 2, len(whole) - 1, len(whole) - 30)
+    broken = [whole[:n] for n in cuts]
+    broken += [b"hello\n" * 100, b"PK\x03\x04" + bytes(500), pickle.dumps({"step": 1}), b"\x80\x02."]
+    for content in broken:
         path.write_bytes(content)
         for read in (read_checkpoint, decode.load):
             with pytest.raises(ValueError, match=str(path)) as e:
@@ -107,7 +123,8 @@ def test_broken_checkpoint_is_refused_with_its_path(tmp_path):
 def test_checkpoint_with_code_is_refused_and_runs_nothing(tmp_path):
     path, trap = tmp_path / "ckpt.pt", tmp_path / "trap"
     bomb = {"format": model.FORMAT, "model": RunsCode(trap)}
-    for write in (lambda: torch.save(bomb, path), lambda: torch.save(bomb, path, _use_new_zipfile_serialization=False),
+    for write in (lambda: torch.save(bomb, path),
+                  lambda: torch.save(bomb, path, _use_new_zipfile_serialization=False),
                   lambda: path.write_bytes(pickle.dumps(bomb))):
         write()
         with pytest.raises(ValueError, match=str(path)):
@@ -115,35 +132,37 @@ def test_checkpoint_with_code_is_refused_and_runs_nothing(tmp_path):
         assert not trap.exists()
 
 
-def without(state, *names):
-    return {k: v for k, v in state.items() if k not in names}
+UP = "model.layers.0.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def test_foreign_checkpoint_is_refused_by_name(tmp_path):
     """Another format, shape, vocabulary or set of fields."""
-    weights, config = tiny_model().state_dict(), vars(tiny_model().config)
-    larger = Tokenizer(**{**TOKENIZER.settings, "special": (*range(300, 306), 256)})
+    weights = tiny_model().state_dict()
+    config = vars(tiny_model().config)
+    without_up = {name: w for name, w in weights.items() if name != UP}
+    larger = TOKENIZER.settings | {"tags": tuple(range(300, 306))}
     for changes, named in [
         (dict(format="aspd-0"), model.FORMAT),
-        (dict(model=without(weights, "h.0.mlp.c_fc.weight")), "h.0.mlp.c_fc.weight"),
-        (dict(model={**weights, "wte.weight": torch.ones(5, 16)}), r"wte.weight.*263, 16.*5, 16"),
-        (dict(model={**weights, "ln_f.weight": "text"}), "ln_f.weight"),
-        (dict(config={**config, "vocab_size": 100}), r"wte.weight.*100, 16"),
-        (dict(config={**config, "n_expert": 4}), "n_expert"),
-        (dict(tokenizer=larger.settings), "306.*263"),
+        (dict(model=without_up), UP),
+        (dict(model=weights | {EMBEDDING: torch.ones(5, 16)}), rf"{EMBEDDING}.*5, 16.*263, 16"),
+        (dict(model=weights | {"model.norm.weight": "text"}), "model.norm.weight"),
+        (dict(config=config | {"vocab_size": 100}), rf"{EMBEDDING}.*263, 16.*100, 16"),
+        (dict(config=config | {"n_expert": 4}), "n_expert"),
+        (dict(tokenizer=larger), "306.*263"),
     ]:
-        state = dict(step=3, args={}, config=config, model=weights, optimizer={}, tokenizer=TOKENIZER.settings)
-        path = tmp_path / "ckpt.pt"
-        torch.save({"format": model.FORMAT, **state, **changes}, path)
+        state = dict(format=model.FORMAT, step=3, args={}, config=config, model=weights,
+                     optimizer={}, tokenizer=TOKENIZER.settings)
+        torch.save(state | changes, tmp_path / "ckpt.pt")
         with pytest.raises(ValueError, match=named):
             decode.load(tmp_path)
-    torch.save([1, 2], path)
+    torch.save([1, 2], tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=model.FORMAT):
         read_checkpoint(tmp_path)
 
 
 def test_checkpoint_gives_the_model_and_the_tokenizer_back(tmp_path):
-    for changes in (dict(), dict(tied=False), dict(qkv_bias=True, positions="stride", stride=64)):
+    for changes in (dict(), dict(tied=False), dict(qkv_bias=True, positions="longest")):
         before = tiny_model(**changes)
         after = from_checkpoint(read_checkpoint(save_tiny(tmp_path, before)))
         assert after.config == before.config
@@ -151,170 +170,292 @@ def test_checkpoint_gives_the_model_and_the_tokenizer_back(tmp_path):
     assert decode.load(save_tiny(tmp_path)).tokenizer.settings == TOKENIZER.settings
 
 
-# -----------------------------------------------------------------------------
-# runs
+# ---- runs -------------------------------------------------------------------
 
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C during the given step."""
-    real, calls = train.train_step, []
+def at_step(monkeypatch, number, happens):
+    """Calls happens() when train_step() is called for the number-th time."""
+    real = train.train_step
+    calls = []
 
-    def train_step(*args, **kwargs):
+    def train_step(*args):
         calls.append(1)
-        if len(calls) == step:
-            signal.raise_signal(signal.SIGINT)
-        return real(*args, **kwargs)
+        if len(calls) == number:
+            happens()
+        return real(*args)
 
     monkeypatch.setattr(train, "train_step", train_step)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("mode", ["aspd", "serial"])
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, monkeypatch, capsys, answers, mode):
-    """Ctrl-C during step 3 of 6 saves and says so; --resume goes on to the same weights and optimizer state."""
-    options = [*SMALL, "--data", answers, "--mode", mode, "--steps", 6]
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, capsys, answers,
+                                                             mode, number):
+    """A signal during step 3 of 6 saves and says so; --resume goes on to the same weights and
+    optimizer state, through the same answers."""
+    options = [*SMALL, "--data", answers, "--mode", mode, "--steps", 6, "--accumulate", 2]
     run_main(monkeypatch, *options, "--out-dir", tmp_path / "whole")
     assert "stopped" not in capsys.readouterr().out
     with monkeypatch.context() as m:
-        interrupt_at(m, 3)
+        at_step(m, 3, lambda: signal.raise_signal(number))
         run_main(m, *options, "--out-dir", tmp_path / "parts")
     said = capsys.readouterr().out
-    assert re.search(r"stopped by Ctrl-C.*step 3 of 6.*saved to", said), said
-    whole, half = (read_checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert half["step"] == 3 and not torch.equal(half["model"]["wte.weight"], whole["model"]["wte.weight"])
-    run_main(monkeypatch, "--resume", "--data", answers, "--out-dir", tmp_path / "parts")
-    for name in ("step", "config", "model", "optimizer", "tokenizer"):
+    assert re.search(r"stopped by a signal after step 3 of 6; saved", said), said
+    whole = read_checkpoint(tmp_path / "whole")
+    half = read_checkpoint(tmp_path / "parts")
+    assert half["step"] == 3 and not torch.equal(half["model"][UP], whole["model"][UP])
+
+    run_main(monkeypatch, "--resume", "--out-dir", tmp_path / "parts")  # with its settings
+    for name in ("step", "loss", "args", "config", "model", "optimizer", "tokenizer"):
         assert_same(read_checkpoint(tmp_path / "parts")[name], whole[name], name)
     capsys.readouterr()
-    run_main(monkeypatch, "--resume", "--data", answers, "--out-dir", tmp_path / "parts")  # nothing is left to do
-    said = capsys.readouterr().out
-    assert f"done after step 6 of 6, loss {whole['loss']:.3f}" in said, said
+    run_main(monkeypatch, *options, "--resume", "--out-dir", tmp_path / "parts")
+    assert "done after step 6 of 6" in capsys.readouterr().out, "nothing is left to do"
 
 
-def test_resume_refuses_other_settings_by_name(tmp_path, monkeypatch, answers):
+def test_resume_refuses_other_settings_and_other_data_by_name(tmp_path, monkeypatch):
     """Also where the other setting is the default, which the first run did not have."""
-    run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 1, "--mode", "serial", "--out-dir", tmp_path)
-    for option, value, named in [("--seed", 7, "seed is 1337.*7"), ("--mode", "aspd", "mode is 'serial'.*'aspd'"),
-                                 ("--batch-size", 9, "batch_size is 3.*9"), ("--batch-size", 4, "batch_size is 3.*4")]:
+    data = write_answers(tmp_path / "answers.jsonl", 12)
+    options = [*SMALL, "--data", data, "--steps", 1, "--mode", "serial", "--out-dir", tmp_path]
+    run_main(monkeypatch, *options)
+    for option, value, named in [
+        ("--seed", 7, "seed is 1337.*7"), ("--mode", "aspd", "mode is 'serial'.*'aspd'"),
+        ("--batch-size", 9, "batch_size is 3.*9"), ("--batch-size", 4, "batch_size is 3.*4"),
+    ]:
         with pytest.raises(ValueError, match=f"--resume.*{named}"):
             run_main(monkeypatch, "--resume", "--out-dir", tmp_path, option, value)
+    data.write_text(data.read_text().replace("alpha", "omega"))
+    with pytest.raises(ValueError, match="--resume: checksum_of_data is .*, not "):
+        run_main(monkeypatch, "--resume", "--out-dir", tmp_path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, answers, bad):
-    """The message names the step, the learning rate and the folder, whose last checkpoint stays as it was."""
-    real, calls = train.train_step, []
-
-    def train_step(*args, **kwargs):
-        calls.append(1)
-        with monkeypatch.context() as m:
-            if len(calls) == 4:
-                m.setattr(train, "summed_loss", lambda *a: summed_loss(*a) * bad)
-            return real(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_step", train_step)
-    with pytest.raises(ValueError, match=rf"loss is (nan|inf).*step 3.*learning rate \d.\d+e-0\d.*{tmp_path}"):
-        run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 6, "--save-every", 2, "--out-dir", tmp_path)
+    """The message names step, learning rate and folder, whose last checkpoint stays as it was."""
+    at_step(monkeypatch, 4, lambda: monkeypatch.setattr(
+        train, "summed_loss", lambda *args: summed_loss(*args) * bad))
+    with pytest.raises(ValueError, match=rf"loss is (nan|inf) at step 3.*rate \d.*{tmp_path}"):
+        run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 6, "--save-every", 2,
+                 "--out-dir", tmp_path)
     state = read_checkpoint(tmp_path)
     assert state["step"] == 2 and all(w.isfinite().all() for w in state["model"].values())
 
 
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"], ["a"] * 5, list("abcdefghijklmnopqrstuvwxyzABCD")])
+def test_a_handful_of_answers_trains(tmp_path, monkeypatch, capsys, prompts):
+    """One is held out where there are two prompts, none where there is one."""
+    lines = [{"prompt": p, "response": f"It is {n} of them."} for n, p in enumerate(prompts)]
+    data = tmp_path / "few.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    run_main(monkeypatch, *SMALL, "--data", data, "--out-dir", tmp_path)
+    held_out = len(set(prompts)) > 1
+    said = capsys.readouterr().out
+    assert f"{len(prompts) - held_out} answers, 0 too long" in said
+    assert ("over 1 answers" in said) == held_out
+    assert read_checkpoint(tmp_path)["step"] == math.ceil(2 * (len(prompts) - held_out) / 3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tags_start_at_the_mean_of_their_words(tmp_path, tied):
+    """In the embedding and in the head; no other row changes, and a serial model gets none."""
+    size = len(write_tokenizer_vocabulary(tmp_path))
+    publish(tmp_path, published_config(tied=tied, vocab_size=size, max_position_embeddings=512))
+    args = Namespace(resume=False, init_from=tmp_path, mode="aspd", block_size=256,
+                     positions="longest")
+    tuned, tokenizer = train.make_model(args, train.FRESH, [])
+    before = from_published(tmp_path)
+    assert tuned.config.block_size == 256 and tuned.config.positions == "longest"
+    assert min(tokenizer.tags) >= size
+    tables = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
+    words = train.TAG_WORDS.split(",")
+    assert len(set(words)) == len(tokenizer.tags)
+    for name in tables:
+        old = before.state_dict()[name]
+        new = tuned.state_dict()[name]
+        assert torch.equal(new[:size], old)
+        for tag, word in zip(tokenizer.tags, words):
+            assert torch.allclose(new[tag], old[tokenizer.encode(word)].mean(0))
+    args.mode = "serial"
+    twin, tokenizer = train.make_model(args, train.FRESH, [])
+    assert tokenizer.tags is None
+    assert_same(dict(twin.state_dict()), dict(before.state_dict()))
+
+
+def write_tokenizer_vocabulary(folder):
+    """Writes a small tokenizer -> its tokens."""
+    write_tokenizer(folder)
+    written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text("{}")
+    return written["model"]["vocab"]
+
+
+def test_fine_tuning_goes_from_a_published_folder_to_an_answer(tmp_path, monkeypatch, answers):
+    """And is resumed without that folder."""
+    size = len(write_tokenizer_vocabulary(tmp_path / "published"))
+    publish(tmp_path / "published", published_config(vocab_size=size, max_position_embeddings=1024))
+    out = tmp_path / "tuned"
+    options = ["--data", answers, "--init-from", tmp_path / "published", "--dtype", "float32",
+               "--device", "cpu", "--steps", 3, "--out-dir", out]
+    with monkeypatch.context() as m:
+        at_step(m, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        run_main(m, *options)
+    for file in (tmp_path / "published").iterdir():
+        file.unlink()
+    run_main(monkeypatch, *options, "--resume")
+    assert read_checkpoint(out)["step"] == 3
+    assert decode.generate(decode.load(out), "What is in set 1?", max_new_tokens=9).tokens
+
+
+# ---- processes --------------------------------------------------------------
+
 def start(*argv, **env):
     """train.py as a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_ctrl_c_saves_and_says_so(tmp_path, answers):
-    """A real SIGINT to a real process in a long run."""
-    process = start(*SMALL, "--data", answers, "--steps", 10**6, "--save-every", 1, "--out-dir", tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ckpt.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    said = re.search(r"stopped by Ctrl-C.*step (\d+) of 1000000", out)
-    assert said and read_checkpoint(tmp_path)["step"] == int(said[1]) and "Traceback" not in err
-
-
-def test_two_processes_train_like_one(tmp_path, monkeypatch, capsys, answers):
-    """Three answers a step, two in one process and one in the other: the same losses and, but for rounding, weights."""
-    options = [*SMALL, "--data", answers, "--steps", 3, "--out-dir"]
+def start_two(*argv):
+    """Two processes, as torchrun starts them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    both = [start(*options, tmp_path / "two", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(port)) for rank in range(2)]
-    run_main(monkeypatch, *options, tmp_path / "one")
-    (out, err), _ = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0, 0], err
-    losses = [[float(x) for x in re.findall(r"loss (\d+\.\d+)", text)] for text in (capsys.readouterr().out, out)]
-    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=2e-3)
-    one, two = (read_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
-    assert all((one[k] - two[k]).abs().mean() < 1e-5 for k in one)
+    return [start(*argv, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 
-# -----------------------------------------------------------------------------
-# losses
+def ended(processes):
+    """Waits -> stdout of the first. All must end cleanly."""
+    said = [p.communicate(timeout=120) for p in processes]
+    for p, (_, err) in zip(processes, said):
+        assert p.returncode == 0 and "Traceback" not in err, err
+    assert not any(out for out, _ in said[1:]), "one speaks"
+    return said[0][0]
 
-def settings(micro_tokens=600, no_branch_mask=False):
-    return Namespace(device="cpu", dtype="float32", micro_tokens=micro_tokens, no_branch_mask=no_branch_mask)
+
+def signal_when_saved(processes, to, number, folder):
+    """Sends a signal as soon as a first checkpoint is there."""
+    deadline = time.monotonic() + 60
+    while not (folder / "ckpt.pt").exists() and time.monotonic() < deadline:
+        assert all(p.poll() is None for p in processes), processes[0].communicate()
+        time.sleep(0.05)
+    to.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_a_real_process_saves_and_says_so(tmp_path, answers, number):
+    process = start(*SMALL, "--data", answers, "--steps", 10**6, "--save-every", 1,
+                    "--out-dir", tmp_path)
+    signal_when_saved([process], process, number, tmp_path)
+    said = re.search(r"stopped by a signal after step (\d+) of 1000000", ended([process]))
+    assert read_checkpoint(tmp_path)["step"] == int(said[1])
+
+
+def test_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, answers):
+    both = start_two(*SMALL, "--data", answers, "--steps", 10**6, "--save-every", 1,
+                     "--out-dir", tmp_path)
+    signal_when_saved(both, both[1], signal.SIGTERM, tmp_path)
+    said = re.search(r"stopped by a signal after step (\d+) of 1000000", ended(both))
+    assert read_checkpoint(tmp_path)["step"] == int(said[1])
+
+
+def test_two_processes_train_like_one(tmp_path, monkeypatch, capsys, answers):
+    """Four batches a step, two in each process: the same losses and, but for rounding, weights. One
+    process goes on from what two have written, and two from what one has."""
+    options = [*SMALL, "--data", answers, "--steps", 12, "--accumulate", 4, "--save-every", 7]
+    both = start_two(*options, "--out-dir", tmp_path / "two")
+    run_main(monkeypatch, *options, "--out-dir", tmp_path / "one")
+    found = [re.findall(r"loss (\d+\.\d+)", text) for text in (capsys.readouterr().out, ended(both))]
+    losses = [[float(loss) for loss in text] for text in found]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=2e-4)
+    one = read_checkpoint(tmp_path / "one")
+    two = read_checkpoint(tmp_path / "two")
+    assert_same({**one["config"], **one["args"]}, {**two["config"], **two["args"]})
+    compare_states(one, two)
+    assert decode.generate(decode.load(tmp_path / "two"), "What is in set 1?").tokens
+
+    with monkeypatch.context() as m:
+        at_step(m, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        run_main(m, *options, "--out-dir", tmp_path / "parts")
+    assert read_checkpoint(tmp_path / "parts")["step"] == 5
+    ended(start_two("--resume", "--out-dir", tmp_path / "parts", "--device", "cpu"))
+    compare_states(one, read_checkpoint(tmp_path / "parts"))
+
+
+def compare_states(one, two):
+    """Weights, and the optimizer's moments, to rounding."""
+    assert one["step"] == two["step"] and one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+    assert one["model"].keys() == two["model"].keys()
+    for name, weight in one["model"].items():
+        assert (weight - two["model"][name]).abs().mean() < 1e-5, name
+        for key, moment in one["optimizer"]["state"][name].items():
+            assert torch.allclose(moment, two["optimizer"]["state"][name][key], atol=1e-4), name
+
+
+# ---- losses -----------------------------------------------------------------
+
+def settings(batch_size=4, no_branch_mask=False):
+    return Namespace(device="cpu", dtype="float32", batch_size=batch_size,
+                     no_branch_mask=no_branch_mask)
 
 
 def some_rows():
-    ids = [random_ids(seed, blocks=seed % 3, branches=2 + seed % 4, long=15) for seed in range(9)]
-    return [layout([1, 2, 3], answer, TOKENIZER.special) for answer in ids]
+    rows = []
+    for seed in range(9):
+        ids = random_ids(seed, blocks=seed % 3, branches=2 + seed % 4, long=15)
+        rows.append(layout([1, 2, 3], ids, TOKENIZER.eos, TOKENIZER.tags))
+    return rows
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 700, 10**9])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_tokens):
-    """The mean over all targets of the batch, however it is split."""
-    rows, net = some_rows(), tiny_model(block_size=4096)
-    idx, position, mask, pick, target = collate(rows)
-    expected = F.cross_entropy(net(idx, position, mask, pick=pick), target)
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_accumulated_batches_give_the_gradient_of_all_answers_at_once(batch_size):
+    """The mean over all targets of the step, however they are split; the gradient is clipped."""
+    rows = some_rows()
+    net = tiny_model(block_size=4096)
+    idx, position, mask, target = collate(rows)
+    logits = net(idx, position, mask)
+    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
     expected.backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    assert norm.isfinite()
+    assert torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0) > 1
     wanted = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     before = [p.detach().clone() for p in net.parameters()]
-    value = train.train_step(net, rows, optimizer, settings(micro_tokens))
-    assert value == pytest.approx(expected.item(), rel=1e-5)
+    groups = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    assert train.train_step(net, groups, optimizer, settings()) == pytest.approx(expected.item(), rel=1e-5)
     for p, old, grad in zip(net.parameters(), before, wanted):
         assert torch.allclose(old - p, grad, rtol=1e-3, atol=1e-6)
 
 
-def test_update_that_is_not_finite_is_not_made(monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_update_that_is_not_finite_is_not_made(monkeypatch, what):
     net = tiny_model()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    monkeypatch.setattr(train, "summed_loss", lambda *args: summed_loss(*args) * math.inf)
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    if what == "loss":
+        monkeypatch.setattr(train, "summed_loss", lambda *args: summed_loss(*args) * math.inf)
+    else:
+        net.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    assert not math.isfinite(train.train_step(net, some_rows()[:2], optimizer, settings()))
+    assert not math.isfinite(train.train_step(net, [some_rows()[:2]], optimizer, settings()))
     assert_same(dict(net.state_dict()), before)
 
 
-def test_rows_of_new_tokens_go_further_and_the_others_as_far():
-    """One step from the same weights and gradients, with and without new tokens."""
-    moved = []
-    for new in ([], [5, 7]):
-        torch.manual_seed(0)
-        net = tiny_model(tied=False)
-        optimizer, before = train.make_optimizer(net, 1e-3, new), [p.detach().clone() for p in net.parameters()]
-        for _ in range(2):
-            for p in net.parameters():
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-        moved.append({name: (p - b).detach() for (name, p), b in zip(net.named_parameters(), before)})
-    for name, usual in moved[0].items():
-        rate = torch.ones(len(usual))
-        if name in ("wte.weight", "lm_head.weight"):
-            rate[[5, 7]] = 10
-        expected = usual * rate.view(-1, *[1] * (usual.dim() - 1))
-        assert torch.allclose(moved[1][name], expected, rtol=1e-2), name  # weight decay follows the weights
+def test_learning_rate_warms_up_and_then_falls_to_zero():
+    args = Namespace(lr=1.0, steps=100)
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert 0 < rates[0] < 0.2 and rates[5] == 1.0 and rates[-1] < 1e-3
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
 
 
-@pytest.mark.parametrize("capability,dtype", [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")])
+def test_only_matrices_decay():
+    net = tiny_model(qkv_bias=True)
+    decay = {id(p): group["weight_decay"] for group in train.make_optimizer(net, 1e-3).param_groups
+             for p in group["params"]}
+    for name, p in net.named_parameters():
+        assert (decay[id(p)] > 0) == (p.dim() > 1), name
+
+
+@pytest.mark.parametrize("capability,dtype", [("AVX512", "bfloat16"), ("AVX2", "float32"),
+                                              ("DEFAULT", "float32")])
 def test_autocast_is_chosen_where_the_cpu_is_fast_in_it(monkeypatch, capability, dtype):
     """A CPU without bfloat16 products once took hours for the minutes of `python train.py`."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -322,28 +463,110 @@ def test_autocast_is_chosen_where_the_cpu_is_fast_in_it(monkeypatch, capability,
 
 
 def test_held_out_loss_counts_the_plain_tokens_that_the_model_chooses():
-    """
-    Each once, a title where it is first written; no tags, no end-of-text. So a model that gives every token a fixed
-    probability has the same held-out loss on tagged rows as on their serial twins.
-    """
-    special, ids = TOKENIZER.special, [random_ids(seed, blocks=seed % 3, branches=3, long=9) for seed in range(6)]
+    """Each once, a title where it is first written; no tags, no end-of-text. So a model that gives
+    every token a fixed probability has the same loss on tagged rows as on their serial twins."""
+    ids = [random_ids(seed, blocks=seed % 3, branches=3, long=9) for seed in range(6)]
     logits = torch.randn(TOKENIZER.vocab_size, generator=torch.Generator().manual_seed(0))
-    net = lambda *_, pick, target: F.cross_entropy(logits.expand(len(pick), -1), target, reduction="sum")
+
+    def net(idx, position, mask, pick):
+        return logits.expand(len(pick), -1)
+
     tokens = [t for answer in ids for t in plain(answer)]
     expected = -logits.log_softmax(-1)[tokens].mean().item()
-    for form in (lambda answer: answer, lambda answer: [plain(answer)]):
-        rows = [layout([1, 2], form(answer), special) for answer in ids]
-        for micro_tokens in (1, 10**9):
-            value = train.held_out_loss(net, rows, list(special), settings(micro_tokens))
-            assert value == pytest.approx(expected, rel=1e-5)
+    untagged = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, eos=256)
+    for tokenizer, answers in ((TOKENIZER, ids), (untagged, [[plain(answer)] for answer in ids])):
+        rows = [layout([1, 2], answer, 256, tokenizer.tags) for answer in answers]
+        found = train.held_out_loss(net, rows, tokenizer, settings())
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_sees_the_branch_mask_unless_told_otherwise():
-    """With the mask a branch's loss does not depend on its siblings' text; without it, it does."""
-    special, net = TOKENIZER.special, tiny_model()
-    blocks = [[([65], [1, 2, 3, 4]), ([66], other)] for other in ([5, 6, 7, 8], [9, 9, 9, 9])]
-    rows = [layout([1], [[block[0], block[1]][::-1]], special) for block in blocks]  # the fixed branch stands second
-    only = [r._replace(target=r.target * (r.branch == 2) + -100 * (r.branch != 2)) for r in rows]
-    for use_mask in (True, False):
-        a, b = (summed_loss(net, [r], settings(no_branch_mask=not use_mask)).item() for r in only)
-        assert (abs(a - b) < 1e-5) == use_mask
+    """With the mask a branch's loss does not depend on its sibling's text; without it, it does."""
+    net = tiny_model()
+    rows = []
+    for other in ([5, 6, 7, 8], [9, 9, 9, 9]):
+        block = Block([Branch([66], other), Branch([65], [1, 2, 3, 4])])
+        row = layout([1], [block], TOKENIZER.eos, TOKENIZER.tags)
+        rows.append(row._replace(target=row.target.masked_fill(row.branch != 2, IGNORE)))
+    for no_branch_mask in (False, True):
+        args = settings(no_branch_mask=no_branch_mask)
+        a, b = (summed_loss(net, [row], args).item() for row in rows)
+        assert (abs(a - b) > 1e-5) == no_branch_mask
+
+
+# ---- bad input --------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with good and bad files for the table's {names}."""
+    folder = tmp_path_factory.mktemp("files")
+    write_answers(folder / "good.jsonl", 40)
+    (folder / "broken.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt": \n')
+    (folder / "empty.jsonl").write_text("")
+    (folder / "other-names.jsonl").write_text('{"question": "q", "reply": "r"}\n')
+    save_tiny(folder / "cut-off")
+    whole = (folder / "cut-off" / "ckpt.pt").read_bytes()
+    (folder / "cut-off" / "ckpt.pt").write_bytes(whole[:-200])
+    (folder / "foreign").mkdir()
+    torch.save({"weights": 1}, folder / "foreign" / "ckpt.pt")
+    publish(folder / "published", published_config())
+    publish(folder / "scaled", published_config(rope_scaling={"rope_type": "yarn"}))
+    return folder
+
+
+BAD = [
+    ("--data {files}/missing.jsonl", "missing.jsonl"),
+    ("--data {files}", "files"),
+    ("--data {files}/empty.jsonl", "empty.jsonl"),
+    ("--data {files}/broken.jsonl", "broken.jsonl, line 2"),
+    ("--data {files}/other-names.jsonl", "question, reply"),
+    ("--data {files}/good.jsonl --block-size 8", "good.jsonl: none of 39 answers.* 8 tokens"),
+    ("--positions sideways", "sideways"),
+    ("--mode parallel", "parallel"),
+    ("--device cuda", "CUDA"),
+    ("--device abacus", "abacus"),
+    ("--dtype float8", "float8"),
+    ("--tokenizer klingon --data {files}/good.jsonl", "klingon"),
+    ("--steps 0", "--steps.*0"),
+    ("--steps -5", "--steps.*-5"),
+    ("--steps many", "many"),
+    ("--batch-size 0", "--batch-size.*0"),
+    ("--accumulate 0", "--accumulate.*0"),
+    ("--block-size 0", "--block-size.*0"),
+    ("--save-every 0", "--save-every.*0"),
+    ("--n-layer 0", "--n-layer.*0"),
+    ("--lr 0", "--lr.*0"),
+    ("--lr -1", "--lr.*-1"),
+    ("--lr nan", "--lr.*nan"),
+    ("--seed x", "seed.*x"),
+    ("--init-from {files}/nowhere", "nowhere"),
+    ("--init-from {files}/published", "tokenizer.json"),
+    ("--init-from {files}/scaled", "rope_type.*yarn"),
+    ("--resume --out-dir {files}/nowhere", "nowhere"),
+    ("--resume --out-dir {files}/cut-off", "cut-off"),
+    ("--resume --out-dir {files}/foreign", "foreign"),
+]
+
+
+@pytest.mark.parametrize("line,named", BAD, ids=[line.replace("{files}/", "") for line, _ in BAD])
+def test_bad_command_line_is_refused_in_one_line(files, tmp_path, monkeypatch, capsys, line, named):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "corpus", lambda n, split="train": [])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(files.rglob("*"))
+    small = ["--n-head", "1"] + ["--device", "cpu"] * ("--device" not in line)
+    message = fails(train, [*line.format(files=files).split(), *small], monkeypatch, capsys)
+    assert re.search(named, message), message
+    assert not list(tmp_path.iterdir()) and sorted(files.rglob("*")) == before, "nothing is written"
+
+
+def test_batches_that_cannot_be_shared_out_are_refused(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(ValueError, match="--accumulate 3 .*2 processes"):
+        run_main(monkeypatch, "--accumulate", 3, "--device", "cpu")
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**70])
+def test_any_seed_trains(tmp_path, monkeypatch, answers, seed):
+    run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 1, "--out-dir", tmp_path, "--seed", seed)
+    run_main(monkeypatch, "--resume", "--out-dir", tmp_path, "--seed", seed)

@@ -1,77 +1,124 @@
-"""
-The live view, on a small terminal that the tests emulate: at every moment it shows the plain text so far and, while a
-block is being written, a line a branch below it; at the end the answer alone, with nothing left over.
-"""
+"""The live view, on a small terminal that the tests emulate: at every moment it shows the plain
+text so far and, while a block is being written, a line a branch below it; at the end the answer
+alone."""
 import itertools
 import random
 import re
 import sys
 import unicodedata
-from collections import Counter
 
 import pytest
 import torch
 
 import decode
-from aspd import Branch, is_block, join, plain, tokenize
-from bench import script
+from aspd import Block, Branch, join, plain, tokenize
 from decode import LM, View, generate
 from helpers import TOKENIZER, tiny_model
+from script import script
 
 SIZES = [(80, 24), (40, 10), (20, 6), (9, 3)]
+TOO_SMALL = [(80, 1), (5, 24), (5, 1), (1, 1), (2, 2)]  # for any branch line
 COLOUR = re.compile(r"\x1b\[\d*m")
+OURS = re.compile(r"\x1b\[\d*[AGJm]")  # what the view itself may send to steer a terminal
 
+
+# ---- a terminal -------------------------------------------------------------
 
 def width(text):
-    """Columns that it takes, wide characters two of them, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    """Columns that it takes: wide characters two of them, combining ones none."""
+    columns = 0
+    for character in text:
+        if not unicodedata.combining(character):
+            columns += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return columns
 
 
 class Terminal:
-    """A window of some rows at the end of a growing list of lines. A full line wraps when its next character comes."""
-    encoding, isatty = "utf-8", lambda self: True
+    """A window of some rows at the end of a growing list of lines. A full line wraps when its next
+    character comes."""
+    encoding = "utf-8"
 
     def __init__(self, columns, rows):
-        self.columns, self.rows, self.x, self.y, self.raw, self.at_flush = columns, rows, 0, 0, "", lambda: None
-        self.lines = [[]]  # of characters; a wide one is followed by an empty one
+        self.columns = columns
+        self.rows = rows
+        self.clear()
+
+    def clear(self):
+        self.x = 0
+        self.y = 0
+        self.lines = [[]]   # of characters; a wide one is followed by an empty one
         self.wraps = set()  # lines that go on in the next one
+        self.raw = ""
+        self.flushes = []   # what was shown each time
+
+    def isatty(self):
+        return True
 
     def flush(self):
-        self.at_flush()
+        self.flushes.append(self.shows())
 
     def write(self, text):
         self.raw += text
-        for n, command, c in re.findall(r"\x1b\[(\d*)([AGJm])|(.)", text, re.S):
-            n = int(n or 1)
+        for number, command, character in re.findall(r"\x1b\[(\d*)([AGJm])|(.)", text, re.S):
+            n = int(number or 1)
             if command == "A":  # up, but never out of the window
-                self.x, self.y = min(self.x, self.columns - 1), max(self.y - n, len(self.lines) - self.rows, 0)
+                top = max(len(self.lines) - self.rows, 0)
+                self.y = max(self.y - n, top)
+                self.x = min(self.x, self.columns - 1)
             elif command == "G":
                 self.x = min(n, self.columns) - 1
-            elif command == "J":  # the window keeps its place
-                self.lines[self.y:] = [self.lines[self.y][:self.x]] + [[] for _ in self.lines[self.y + 1:]]
-                self.wraps = {y for y in self.wraps if y < self.y}
-            elif c == "\n":
+            elif command == "J":
+                self.clear_below()
+            elif character == "\n":
                 self.next_line()
-            elif c:
-                assert c.isprintable() or unicodedata.combining(c), "the tests write nothing else"
-                if self.x + width(c) > self.columns:
-                    self.wraps.add(self.y)
-                    self.next_line()
-                line = self.lines[self.y]
-                line += " " * (self.x - len(line))
-                if width(c):
-                    line[self.x:self.x + width(c)] = [c] + [""] * (width(c) - 1)
-                else:
-                    line[self.x - 1] += c
-                self.x += width(c)
+            elif character:
+                self.put(character)
+
+    def clear_below(self):
+        """From here on; the window keeps its place."""
+        below = self.lines[self.y + 1:]
+        self.lines[self.y:] = [self.lines[self.y][:self.x]] + [[] for _ in below]
+        self.wraps = {y for y in self.wraps if y < self.y}
 
     def next_line(self):
-        self.x, self.y = 0, self.y + 1
-        self.lines += [[]] * 0 if self.y < len(self.lines) else [[]]
+        self.x = 0
+        self.y += 1
+        if self.y == len(self.lines):
+            self.lines.append([])
+
+    def put(self, character):
+        assert character.isprintable() or unicodedata.combining(character), "control characters"
+        columns = width(character)
+        if self.x + columns > self.columns:
+            self.wraps.add(self.y)
+            self.next_line()
+        line = self.lines[self.y]
+        line += " " * (self.x - len(line))
+        if columns:
+            line[self.x:self.x + columns] = [character] + [""] * (columns - 1)
+        else:
+            line[self.x - 1] += character
+        self.x += columns
 
     def shows(self):
-        """All lines from the first to the last with text, those that have scrolled out of the window too."""
-        return "".join("".join(line) + "\n" * (y not in self.wraps) for y, line in enumerate(self.lines)).rstrip("\n")
+        """All lines from the first to the last with text, those that have scrolled out, too."""
+        text = ""
+        for y, line in enumerate(self.lines):
+            text += "".join(line)
+            if y not in self.wraps:
+                text += "\n"
+        return text.rstrip("\n")
+
+
+def make_terminal(size, monkeypatch):
+    """Of that size for the code under test, too, whose clock goes on a second a look: it draws
+    after every pass."""
+    for name, value in zip(("COLUMNS", "LINES"), size):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    clock = itertools.count()
+    monkeypatch.setattr(decode.time, "perf_counter", clock.__next__)
+    return Terminal(*size)
 
 
 @pytest.fixture(params=SIZES, ids="{0[0]}x{0[1]}".format)
@@ -79,175 +126,277 @@ def terminal(request, monkeypatch):
     return make_terminal(request.param, monkeypatch)
 
 
-def make_terminal(size, monkeypatch):
-    for name, value in zip(("COLUMNS", "LINES"), size):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    clock = itertools.count()
-    monkeypatch.setattr(decode.time, "perf_counter", lambda: next(clock))  # a second later each time: shows every pass
-    return Terminal(*size)
-
+# ---- answers to show --------------------------------------------------------
 
 def told(segments, stop_after=None):
-    """An LM that writes an answer of text segments, whatever its weights; perhaps interrupted after some passes."""
-    lm, counter = LM(tiny_model(block_size=8192), TOKENIZER), itertools.count()
-    passes = iter(script(tokenize(segments, TOKENIZER.encode), TOKENIZER.special))
+    """An LM that writes an answer of text segments, whatever its weights; perhaps interrupted after
+    some passes."""
+    lm = LM(tiny_model(block_size=8192), TOKENIZER)
+    ids = tokenize(segments, TOKENIZER.encode)
+    passes = enumerate(script(ids, TOKENIZER.tags, TOKENIZER.eos))
 
     def step(*args):
-        if next(counter) == stop_after:
+        n, tokens = next(passes)
+        if n == stop_after:
             raise KeyboardInterrupt
-        return torch.tensor(next(passes)), None
+        return torch.tensor(tokens), None
 
     lm.step = step
     return lm
 
 
+def block(n, name="Part", text="words of it, and more words", repeat=1):
+    """n branches, the second four times as long as the others, with line breaks between them."""
+    branches = Block()
+    for i in range(1, n + 1):
+        title = "\n" * (i > 1) + f"{i}. **{name} {i}**"
+        branches.append(Branch(title, ": " + text * repeat * (4 if i == 2 else 1)))
+    return branches
+
+
+def is_writing_block(engine):
+    return isinstance(engine.segments[-1], Block)
+
+
 def text_so_far(engine):
-    """The plain text before the block that is being written, without the bytes of half a character."""
-    done = engine.segments[:-1] if is_block(engine.segments[-1]) else engine.segments
+    """The plain text before the block that is being written, without the bytes of half a
+    character."""
+    done = engine.segments[:-1] if is_writing_block(engine) else engine.segments
     return TOKENIZER.decode(plain(done)).rstrip("\ufffd")
 
 
-def watch(terminal, segments, look=lambda engine, lines: None):
-    """Writes an answer under a View. After every pass the terminal must show exactly the plain text so far, and below
-    it the branch lines; look(engine, the branch lines without colours) checks more. At the end: exactly the answer."""
+def on_screen(text):
+    """Text as a terminal is to show it, its control characters escaped."""
+    shown = ""
+    for character in text:
+        control = unicodedata.category(character) == "Cc" and character != "\n"
+        shown += f"\\x{ord(character):02x}" if control else character
+    return shown
+
+
+def watch(terminal, segments, look=None):
+    """Writes an answer under a View. After every pass the terminal must show exactly the plain text
+    so far, and below it the branch lines; look(engine, the branch lines without colours) checks
+    more. At the end: exactly the answer, and the cursor on the next line."""
     view = View(TOKENIZER, terminal)
 
     def spy(engine):
         view(engine)
         lines = [COLOUR.sub("", line).removeprefix("\n") for line in view.lines]
-        assert terminal.shows() == "\n".join([text_so_far(engine), *lines]).rstrip("\n")
-        look(engine, lines)
+        expected = "\n".join([on_screen(text_so_far(engine)), *lines])
+        assert terminal.shows() == expected.rstrip("\n")
+        if look:
+            look(engine, lines)
 
     answer = generate(told(segments), "p", "adaptive", max_new_tokens=8000, watch=spy)
     assert answer.text == join(segments)
     view.write(answer.text + "\n")
-    assert terminal.shows() == answer.text.rstrip("\n") and not terminal.x, "the answer, and the next line to write on"
+    assert terminal.shows() == on_screen(answer.text).rstrip("\n") and terminal.x == 0
     return answer
-
-
-def block(n, name="Part", text="words of it, and more words\n", repeat=1):
-    titles = [f"{i}. **{name} {i}**" for i in range(1, n + 1)]
-    return [Branch(title, f"{title}: " + text * (repeat + 3 * (i == 1))) for i, title in enumerate(titles)]
 
 
 LEAD = "Here is a lead, with some words in it:\n\n"
 ANSWERS = {
     "no block": ["Only text, " * 50],
-    "one block": [LEAD, block(3), "\nAnd an end."],
+    "one block": [LEAD, block(3), "\n\nAnd an end."],
     "nothing around": [block(2)],
-    "more branches than rows": [LEAD, block(16), "End.\n\n\n"],
-    "longer than the window": ["A long paragraph. " * 50 + "\n", block(5, repeat=9), "So on. " * 70 + "\n", block(4)],
-    "blocks side by side": [LEAD, block(2), block(4), block(3), "End."],
-    "wide characters": ["以下是幾個重點：\n\n", block(4, "重點的名稱", "這是很長的一段話，" * 9 + "\n"), "以上。😀"],
-    "combining characters": ["e\u0301:\n", block(3, "e\u0301", "e\u0301" * 30 + "\n"), "e\u0301"],
-    "block on a line that is begun": [LEAD, block(16), "Two: ", block(2, text="no line break "), block(2), "End."],
-    "block behind a full line": [LEAD, block(16), "x" * 40, block(2), "x" * 40 + "\n", block(2), "End."],
-    "block behind wide characters": [LEAD, block(16), "重點有兩個：", block(2), "重點有兩個：\n", block(2), "End."],
+    "more branches than rows": [LEAD, block(16), "\nEnd.\n\n\n"],
+    "longer than the window": [
+        "A long paragraph. " * 25 + "\n", block(5, repeat=4), "\nSo on. " * 20 + "\n", block(4)],
+    "blocks side by side": [LEAD, block(2), "\n", block(4), "\n", block(3), "\nEnd."],
+    "wide characters": [
+        "以下是幾個重點：\n\n", block(4, "重點的名稱", "這是很長的一段話，" * 9), "\n以上。😀"],
+    "combining characters": ["e\u0301:\n", block(3, "e\u0301", "e\u0301" * 30), "\ne\u0301"],
+    "block on a line that is begun": [
+        LEAD, block(16), "\nTwo: ", block(2), block(2), "\nEnd."],
+    "block behind a full line": [
+        LEAD, block(16), "\n" + "x" * 40, block(2), "x" * 40 + "\n", block(2), "\nEnd."],
+    "block behind wide characters": [
+        LEAD, block(16), "\n重點有兩個：", block(2), "重點有兩個：\n", block(2), "\nEnd."],
 }
 
 
+# ---- at every moment --------------------------------------------------------
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_every_moment_shows_the_text_and_the_branches_and_the_end_the_answer_alone(terminal, name):
-    """While a block is being written there is a line a branch, as many as fit; none is wider than the terminal."""
-    most = Counter()
+    """While a block is being written there is a line a branch, as many as fit; none is wider than
+    the terminal. A block that opens in the middle of a line is shown when it is done."""
+    most = [0]
 
     def look(engine, lines):
-        begun = engine.segments[-1] if is_block(engine.segments[-1]) else []
-        own = text_so_far(engine)[-1:] in ("", "\n")  # a block in the middle of a line is not shown before it is done
-        assert len(lines) == own * min(len(begun), terminal.rows - 2)
-        assert all(line.startswith("| ") and width(line) < terminal.columns for line in lines)
-        most["lines"] = max(most["lines"], len(lines))
+        begun = engine.segments[-1] if is_writing_block(engine) else []
+        own_line = text_so_far(engine)[-1:] in ("", "\n")
+        assert len(lines) == own_line * min(len(begun), terminal.rows - 2)
+        for line in lines:
+            assert line.startswith("| ") and width(line) < terminal.columns
+        most.append(len(lines))
 
     answer = watch(terminal, ANSWERS[name], look)
-    assert most["lines"] == min(max(map(len, answer.blocks), default=0), terminal.rows - 2)
+    assert max(most) == min(max(map(len, answer.blocks), default=0), terminal.rows - 2)
+
+
+@pytest.mark.parametrize("size", TOO_SMALL, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("name", ["one block", "longer than the window", "combining characters"])
+def test_terminal_too_small_for_branch_lines_shows_none_rather_than_wrong_ones(
+        size, name, monkeypatch):
+    """One row, or five columns, or less: the text alone, which nothing is ever taken from."""
+    def look(engine, lines):
+        assert not lines
+
+    terminal = make_terminal(size, monkeypatch)
+    watch(terminal, ANSWERS[name], look)
+    assert "\x1b" not in terminal.raw
+
+
+@pytest.mark.parametrize("columns", range(5, 14))
+@pytest.mark.parametrize("rows", range(1, 6))
+def test_small_terminals_show_right_lines_or_none(columns, rows, monkeypatch):
+    """Whatever the size: no line wraps or scrolls away, so the lines that are taken back are the
+    lines that were written."""
+    def look(engine, lines):
+        assert len(lines) < rows and all(width(line) < columns for line in lines)
+
+    for name in ("one block", "wide characters", "block behind a full line"):
+        watch(make_terminal((columns, rows), monkeypatch), ANSWERS[name], look)
 
 
 def test_lines_that_are_exactly_full(terminal):
     """Whole lines of text, and of the branches, as long as the terminal is wide or twice that."""
     full = terminal.columns
-    segments = ["x" * full + "\n", block(2, text="y" * 2 * full + "\n"), "x" * 2 * full + "\n", block(2), "z" * full]
-    watch(terminal, segments)
+    long = block(2, text="y" * 2 * full)
+    watch(terminal, ["x" * full + "\n", long, "\n" + "x" * 2 * full + "\n", block(2), "z" * full])
 
 
-ALPHABET = ["a", "b ", "7", "\n", "é", "漢字", "\U0001f600", "e\u0301", "<|branch|>"]
+WORDS = ["a", "b ", "7", "\n", "é", "漢字", "\U0001f600", "e\u0301", "<|branch|>", "\x1b[2J", "\r"]
 
 
-@pytest.mark.parametrize("size", SIZES[:3])
-def test_random_answers(size, monkeypatch):
-    """Lines of any length, wide, combining and ordinary characters; blocks begin on a line of their own."""
-    for seed in range(4):
-        rng = random.Random(seed)
-        words = lambda n: "".join(rng.choices(ALPHABET, k=rng.randint(0, n)))
-        segments = []
-        for _ in range(rng.randint(1, 3)):
-            titles = [f"{i}." + words(3).strip() for i in range(rng.randint(2, 7))]
-            segments += [words(100) + "\n", [Branch(title, title + words(30) + "\n") for title in titles]]
-        watch(make_terminal(size, monkeypatch), segments + [words(50)])
+@pytest.mark.parametrize("size", SIZES[:3], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_answers(size, seed, monkeypatch):
+    """Lines of any length, of wide, combining, control and ordinary characters."""
+    rng = random.Random(seed)
+
+    def words(most):
+        return "".join(rng.choices(WORDS, k=rng.randint(0, most)))
+
+    segments = []
+    for _ in range(rng.randint(1, 3)):
+        branches = Block()
+        for i in range(rng.randint(2, 7)):
+            branches.append(Branch("\n" * (i > 0) + f"{i}." + words(3), words(30)))
+        segments += ["." + words(100) + "\n", branches]
+    watch(make_terminal(size, monkeypatch), segments + ["\n" + words(50)])
 
 
 def test_branch_line_has_the_title_and_the_latest_words(monkeypatch):
     """A long title is cut to half the room; the rest of the line is what was written last."""
-    terminal, seen = make_terminal((40, 10), monkeypatch), []
-    titles, words = ["1. Short", "2. Too long for half of a line"], [f"{i:03}" for i in range(40)]
-    segments = [LEAD, [Branch(title, f"{title}\n" + " \n".join(words)) for title in titles]]
-    watch(terminal, segments, lambda engine, lines: seen.append(lines))
+    terminal = make_terminal((40, 10), monkeypatch)
+    words = [f"{i:03}" for i in range(40)]
+    rest = "\n" + " \n".join(words)
+    titles = ["1. Short", "\n2. Too long for half of a line"]
+    seen = []
+
+    def look(engine, lines):
+        seen.append(lines)
+
+    watch(terminal, [LEAD, Block(Branch(title, rest) for title in titles)], look)
     for k in (1, 2, 5, 12, 40):
         text = " ".join(words[:k])
         assert [f"| 1. Short {text[-28:]}", f"| 2. Too long for ha {text[-18:]}"] in seen
 
 
+def test_branch_line_holds_nothing_that_moves_the_cursor(monkeypatch):
+    """No tab and no line break of its branch, which may stand in a text."""
+    make_terminal((40, 10), monkeypatch)
+    branches = [Branch("\n1.\tA", "\tone\ttwo\n\nthree\u2028\x0b\x85"), Branch("\n2. B", "")]
+    ids = tokenize([Block(branches)], TOKENIZER.encode)[0]
+    lines = View(TOKENIZER, None).branch_lines(ids)
+    assert len(lines) == 2
+    for line in lines:
+        assert COLOUR.sub("", line).removeprefix("\n").isprintable()
+
+
 def test_colours_unless_there_should_be_none(monkeypatch):
     """A colour a branch; with NO_COLOR set the same lines without any."""
-    raw = {}
-    for no_color in ("", "1"):
-        terminal = make_terminal((40, 10), monkeypatch)
-        if no_color:
-            monkeypatch.setenv("NO_COLOR", no_color)
-        watch(terminal, [LEAD, block(7), "End."])
-        raw[no_color] = terminal.raw
-    assert {*COLOUR.findall(raw[""])} == {"\x1b[0m", *(f"\x1b[{c}m" for c in range(31, 37))}
-    assert raw["1"] == COLOUR.sub("", raw[""])
+    coloured = make_terminal((40, 10), monkeypatch)
+    watch(coloured, [LEAD, block(7), "\nEnd."])
+    bare = make_terminal((40, 10), monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    watch(bare, [LEAD, block(7), "\nEnd."])
+    colours = {f"\x1b[{colour}m" for colour in range(31, 37)}
+    assert set(COLOUR.findall(coloured.raw)) == colours | {"\x1b[0m"}
+    assert bare.raw == COLOUR.sub("", coloured.raw)
 
 
 def test_view_is_not_drawn_more_often_than_one_can_see(monkeypatch):
-    """With a millisecond a pass it is drawn about every fiftieth time, and the end is complete all the same."""
-    terminal, clock = make_terminal((40, 10), monkeypatch), itertools.count(1000)
-    monkeypatch.setattr(decode.time, "perf_counter", lambda: next(clock) / 1000)
-    drawn, view = [], View(TOKENIZER, terminal)
-    terminal.at_flush = lambda: drawn.append(terminal.shows())
+    """With a millisecond a pass it is drawn about every fiftieth time, and the end is complete."""
+    terminal = make_terminal((40, 10), monkeypatch)
+    clock = (n / 1000 for n in itertools.count(1000))
+    monkeypatch.setattr(decode.time, "perf_counter", clock.__next__)
+    view = View(TOKENIZER, terminal)
     answer = generate(told([LEAD * 9]), "p", "adaptive", max_new_tokens=900, watch=view)
     view.write(answer.text + "\n")
-    assert 4 < len(drawn) < answer.steps / 20 and drawn[-1] == (LEAD * 9).rstrip("\n")
+    assert 4 < len(terminal.flushes) < answer.steps / 20
+    assert terminal.flushes[-1] == (LEAD * 9).rstrip("\n")
 
 
-# -----------------------------------------------------------------------------
-# the command line
+# ---- control characters -----------------------------------------------------
+
+CONTROLS = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 160)]))
+EVIL = "\x1b[2J\x1b]0;title\x07\r\x08\x9b1A\x7f\x00"
+
+
+@pytest.mark.parametrize("size", [(80, 24), (20, 6), (5, 1)], ids="{0[0]}x{0[1]}".format)
+def test_control_characters_never_reach_the_terminal(size, monkeypatch):
+    """In text, in titles and in branches: shown escaped, so that no answer can clear the screen,
+    move the cursor or ring. The Answer keeps them."""
+    terminal = make_terminal(size, monkeypatch)
+    branches = Block([Branch("1. " + EVIL, EVIL * 3), Branch("\n2. b" + EVIL, CONTROLS)])
+    segments = [EVIL + "text\n", branches, "\n" + CONTROLS + EVIL]
+    answer = watch(terminal, segments)
+    assert answer.text == join(segments)
+    sent = OURS.sub("", terminal.raw)
+    assert not [c for c in sent if unicodedata.category(c) == "Cc" and c != "\n"]
+    assert "\\x1b[2J" in terminal.shows().replace("\n", "") and "\\x9b1A" in terminal.shows()
+
+
+# ---- the command line -------------------------------------------------------
 
 def run_main(terminal, monkeypatch, lm):
-    monkeypatch.setattr(sys, "argv", ["decode.py", "--prompt", "p", "--device", "cpu", "--max-new-tokens", "8000"])
+    def load(*args):
+        return lm
+
+    arguments = ["decode.py", "--prompt", "p", "--device", "cpu", "--max-new-tokens", "8000"]
+    monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(decode, "load", lambda *args: lm)
+    monkeypatch.setattr(decode, "load", load)
     decode.main()
 
 
 def test_command_line_leaves_the_answer_alone(terminal, monkeypatch, capsys):
     """On stdout; the figures go to stderr. The view was live: branch lines came and went."""
-    segments = [LEAD, block(4), "End."]
+    segments = [LEAD, block(4), "\nEnd."]
     run_main(terminal, monkeypatch, told(segments))
-    assert terminal.shows() == join(segments) and terminal.x == 0 and "\x1b[J" in terminal.raw
+    assert terminal.shows() == join(segments) and terminal.x == 0
+    assert "\x1b[J" in terminal.raw
     assert "finish: stop" in capsys.readouterr().err
 
 
 def test_interrupt_leaves_the_text_so_far_and_a_clean_line(terminal, monkeypatch):
     """Before, within and after a block, whose lines go."""
-    segments, texts = [LEAD, block(4), "And an end.\n" * 3], [""]
-    follow = lambda engine: texts.append(text_so_far(engine))
+    segments = [LEAD, block(4), "\nAnd an end.\n" * 3]
+    texts = [""]
+
+    def follow(engine):
+        texts.append(text_so_far(engine))
+
     generate(told(segments), "p", "adaptive", max_new_tokens=8000, watch=follow)
     assert texts[-1] == join(segments) and texts.count(LEAD) > 60
     for passes in range(0, len(texts), 7):
-        terminal.__init__(terminal.columns, terminal.rows)
+        terminal.clear()
         with pytest.raises(KeyboardInterrupt):
             run_main(terminal, monkeypatch, told(segments, stop_after=passes))
         assert terminal.shows() == texts[passes].rstrip("\n")
-        assert terminal.x == 0 and terminal.y == texts[passes].count("\n") + 1 + len(terminal.wraps), "on a new line"
+        lines = texts[passes].count("\n") + 1 + len(terminal.wraps)
+        assert terminal.x == 0 and terminal.y == lines, "on a new line"
