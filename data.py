@@ -505,11 +505,11 @@ def read_answers(record, left_out):
         is_text = all(isinstance(text, str) for text in texts)
         text = "\n\n".join(filter(str.strip, texts)) if is_text else ""
         if is_user:
-            prompt = text
-        elif prompt and text:
+            prompt = text or None
+        elif text and prompt is not None:
             yield prompt, text
         else:
-            left_out["answer without text" if prompt else "answer without a prompt"] += 1
+            left_out["answer without a prompt" if text else "answer without text"] += 1
 
 
 def read_records(path):

@@ -244,7 +244,7 @@ def test_held_out_loss_of_both_sides(tmp_path, capsys, lm):
     path = write_records(tmp_path / "answers.jsonl", corpus(200))
     out_dir = save_tiny(tmp_path / "out", lm)
     out = run(tmp_path, capsys, "--held-out", path, "--ckpt", out_dir, "--baseline", out_dir,
-              "--dtype", "float32")
+              "--dtype", "float32", "--block-size", 4096)
     losses = out["summary"]["held_out_loss"]
     assert out["summary"]["answers"] > 0
     assert all(7 < losses[side] < 10 for side in ("aspd", "serial"))

@@ -146,7 +146,6 @@ LEFT_OUT = {  # records without an answer, and what is said about them
     "no turns": ({"conversations": []}, "without an answer .conversations"),
     "turns that are no objects": ({"conversations": ["a", None]}, "2 x turn of None"),
     "turns without text": (chat(("human", "a"), ("gpt", None)), "1 x answer without text"),
-    "an answer to nothing": (chat(("gpt", "A")), "1 x answer without a prompt"),
     "an answer to a turn without text": (chat(("human", None), ("gpt", "A")), "1 x answer without a prompt"),
     "a prompt alone": (chat(("human", "a")), "1 x record that ends without an answer"),
     "nobody known": (chat(("narrator", "a"), ("critic", "A")), "1 x turn of 'narrator', 1 x turn of 'critic'"),
@@ -165,6 +164,12 @@ def test_what_yields_no_answer_is_left_out_and_counted(read, name):
     assert "\n" not in message and "answers.jsonl: no usable answers" in message and re.search(reason, message), message
     for field in ("prompt", "response", "instruction", "output", "conversations", "from", "messages", "role"):
         assert f'"{field}"' in message, "it names the layouts"
+
+
+def test_a_conversation_may_begin_with_an_answer(read):
+    """Its prompt is then empty: a third of ShareGPT's conversations are cut off in front."""
+    pairs, said = read(chat(("gpt", "A"), ("human", "b"), ("gpt", "B")))
+    assert pairs == [("", "A"), ("b", "B")] and not said
 
 
 def test_a_turn_without_text_keeps_its_place(read):

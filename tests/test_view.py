@@ -170,7 +170,7 @@ def on_screen(text):
     shown = ""
     for character in text:
         control = unicodedata.category(character) == "Cc" and character != "\n"
-        shown += f"\\x{ord(character):02x}" if control else character
+        shown += character.encode("unicode_escape").decode() if control else character
     return shown
 
 
