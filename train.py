@@ -85,7 +85,6 @@ def complete(args):
     check_device(args.device)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
-    args.seed %= 2**63  # torch takes no others
     args.checksum_of_data = args.data and zlib.crc32(Path(args.data).read_bytes())
     return args
 
@@ -103,7 +102,7 @@ def prepare(args, state):
         held_out = corpus(200, split="val")
 
     # 2) the model, split over the processes
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)  # torch takes no others
     model, tokenizer = make_model(args, state, answers)
     if WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))

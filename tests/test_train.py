@@ -1,5 +1,5 @@
-"""Training: checkpoints that survive anything, runs that resume bit for bit, processes that train like
-one, and losses that count the right tokens."""
+"""Training: checkpoints that survive anything, runs that resume bit for bit, processes that train
+like one, and losses that count the right tokens."""
 import json
 import math
 import os
@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -111,7 +112,8 @@ def test_broken_checkpoint_is_refused_with_its_path(tmp_path):
     whole = path.read_bytes()
     cuts = (0, 1, 4, 100, len(whole) // 2, len(whole) - 1, len(whole) - 30)
     broken = [whole[:n] for n in cuts]
-    broken += [b"hello\n" * 100, b"PK\x03\x04" + bytes(500), pickle.dumps({"step": 1}), b"\x80\x02."]
+    broken += [b"hello\n" * 100, b"PK\x03\x04" + bytes(500), b"\x80\x02."]
+    broken.append(pickle.dumps({"step": 1}))
     for content in broken:
         path.write_bytes(content)
         for read in (read_checkpoint, decode.load):
@@ -240,7 +242,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, answers, b
     assert state["step"] == 2 and all(w.isfinite().all() for w in state["model"].values())
 
 
-@pytest.mark.parametrize("prompts", [["a"], ["a", "b"], ["a"] * 5, list("abcdefghijklmnopqrstuvwxyzABCD")])
+@pytest.mark.parametrize("prompts", ["a", "ab", "aaaaa", string.ascii_letters[:30]])
 def test_a_handful_of_answers_trains(tmp_path, monkeypatch, capsys, prompts):
     """One is held out where there are two prompts, none where there is one."""
     lines = [{"prompt": p, "response": f"It is {n} of them."} for n, p in enumerate(prompts)]
@@ -265,7 +267,7 @@ def test_new_tags_start_at_the_mean_of_their_words(tmp_path, tied):
     before = from_published(tmp_path)
     assert tuned.config.block_size == 256 and tuned.config.positions == "longest"
     assert min(tokenizer.tags) >= size
-    tables = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
+    tables = [EMBEDDING] if tied else [EMBEDDING, "lm_head.weight"]
     words = train.TAG_WORDS.split(",")
     assert len(set(words)) == len(tokenizer.tags)
     for name in tables:
@@ -307,25 +309,30 @@ def test_fine_tuning_goes_from_a_published_folder_to_an_answer(tmp_path, monkeyp
 
 # ---- processes --------------------------------------------------------------
 
-def start(*argv, **env):
-    """train.py as a process of its own."""
+def start(*argv, code=(), **env):
+    """train.py, or code, as a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *(code or [ROOT / "train.py"]), *map(str, argv)],
+                            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
-def start_two(*argv):
+def start_two(*argv, code=()):
     """Two processes, as torchrun starts them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [start(*argv, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+    return [start(*argv, code=code, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 
 def ended(processes):
     """Waits -> stdout of the first. All must end cleanly."""
-    said = [p.communicate(timeout=120) for p in processes]
+    try:
+        said = [p.communicate(timeout=120) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
     for p, (_, err) in zip(processes, said):
         assert p.returncode == 0 and "Traceback" not in err, err
     assert not any(out for out, _ in said[1:]), "one speaks"
@@ -358,13 +365,25 @@ def test_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, an
     assert read_checkpoint(tmp_path)["step"] == int(said[1])
 
 
+UNCLIPPED = """
+import torch, data, train
+clip = torch.nn.utils.clip_grad_norm_
+torch.nn.utils.clip_grad_norm_ = lambda parameters, _: clip(parameters, 1e9)
+data.cli(train.main)"""
+
+
 def test_two_processes_train_like_one(tmp_path, monkeypatch, capsys, answers):
-    """Four batches a step, two in each process: the same losses and, but for rounding, weights. One
-    process goes on from what two have written, and two from what one has."""
+    """Four batches a step, two in each process: the same losses and, but for rounding, weights and
+    moments; two go on from what one has written. Gradients are not clipped, which would hide it if
+    they were twice as large."""
     options = [*SMALL, "--data", answers, "--steps", 12, "--accumulate", 4, "--save-every", 7]
-    both = start_two(*options, "--out-dir", tmp_path / "two")
+    unclipped = ["-c", UNCLIPPED]
+    both = start_two(*options, "--out-dir", tmp_path / "two", code=unclipped)
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, _: clip(weights, 1e9))
     run_main(monkeypatch, *options, "--out-dir", tmp_path / "one")
-    found = [re.findall(r"loss (\d+\.\d+)", text) for text in (capsys.readouterr().out, ended(both))]
+    said = [capsys.readouterr().out, ended(both)]
+    found = [re.findall(r"loss (\d+\.\d+)", text) for text in said]
     losses = [[float(loss) for loss in text] for text in found]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=2e-4)
     one = read_checkpoint(tmp_path / "one")
@@ -377,7 +396,7 @@ def test_two_processes_train_like_one(tmp_path, monkeypatch, capsys, answers):
         at_step(m, 5, lambda: signal.raise_signal(signal.SIGTERM))
         run_main(m, *options, "--out-dir", tmp_path / "parts")
     assert read_checkpoint(tmp_path / "parts")["step"] == 5
-    ended(start_two("--resume", "--out-dir", tmp_path / "parts", "--device", "cpu"))
+    ended(start_two("--resume", "--out-dir", tmp_path / "parts", "--device", "cpu", code=unclipped))
     compare_states(one, read_checkpoint(tmp_path / "parts"))
 
 
@@ -421,7 +440,8 @@ def test_accumulated_batches_give_the_gradient_of_all_answers_at_once(batch_size
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     before = [p.detach().clone() for p in net.parameters()]
     groups = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    assert train.train_step(net, groups, optimizer, settings()) == pytest.approx(expected.item(), rel=1e-5)
+    loss = train.train_step(net, groups, optimizer, settings())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     for p, old, grad in zip(net.parameters(), before, wanted):
         assert torch.allclose(old - p, grad, rtol=1e-3, atol=1e-6)
 
@@ -568,5 +588,6 @@ def test_batches_that_cannot_be_shared_out_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**70])
 def test_any_seed_trains(tmp_path, monkeypatch, answers, seed):
-    run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 1, "--out-dir", tmp_path, "--seed", seed)
+    options = [*SMALL, "--data", answers, "--steps", 1, "--seed", seed]
+    run_main(monkeypatch, *options, "--out-dir", tmp_path)
     run_main(monkeypatch, "--resume", "--out-dir", tmp_path, "--seed", seed)
