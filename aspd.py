@@ -13,11 +13,11 @@ and then all its branches side by side (line breaks only for reading):
 
     here          in the paper                                                           section
     block         a parallel region: branches, each from <|branch|> to <|/branch|>           3.1
-    serial        everything else: text, titles, <|para|> and <|/para|>                      3.1
+    serial        everything else: text, the titles before a block, <|para|>, <|/para|>      3.1
     layout        the training sequence: tokens, positions and targets                       3.2
     branch_mask   the branch-invisible mask                                                  3.2
     positions     "aspd" is the paper's Seq, "longest" its Max                               3.3
-    cache_mask    the same rule in the hybrid engine's one KV cache                          3.4
+    cache_mask    branch_mask again, for the hybrid engine's one KV cache                    3.4
     Stats         tokens and passes of one answer                                            4.1
     Metrics       PPD, ABN, APD and APE of many                                              4.1
 
@@ -30,9 +30,11 @@ from typing import NamedTuple
 
 import torch
 
+# For reading only: a tokenizer has six ids for them, which no text ever becomes.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
 POSITIONS = ("aspd", "longest")
-MAX_BRANCHES = 16  # branches of a block at most: the widest pass of the engine
+MAX_BRANCHES = 16  # branches of a block at most: tokens fed in one parallel step
+BRANCH_TAGS = 2    # row tokens of a branch beside its own: <|branch|> and <|/branch|>
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
 
@@ -48,8 +50,10 @@ def naming(where):
     try:
         yield
     except Exception as e:
-        reason = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())
-        place = "" if reason.startswith(str(where)) else f"{where}: "
+        reason = " ".join(str(e).split())
+        if isinstance(e, KeyError):  # str() gives nothing but the key
+            reason = f"no {e}"
+        place = "" if reason.startswith(str(where)) else f"{where}: "  # an inner one has named it
         raise ValueError(f"{place}{reason:.300}") from None
 
 
@@ -57,24 +61,24 @@ def naming(where):
 
 class Branch(NamedTuple):
     """A part of a block; title + rest is its text. Both are str or, tokenised, lists of ids."""
-    title: object  # never empty; written before the block, so that the branches know of each other
-    rest: object
+    title: object  # not empty; written in series first, so that the branches know of each other
+    rest: object   # may be empty
 
 
 class Block(list):
-    """Two or more Branches that do not need each other."""
+    """Two or more Branches that do not need each other. (Serial ids are a list, too.)"""
 
 
-# The ids of TAG_NAMES, in their order.
-Tags = namedtuple("Tags", "title title_end para para_end branch branch_end")
+Tags = namedtuple("Tags", "title title_end para para_end branch branch_end")  # ids of TAG_NAMES
 
 
 def pieces(segments):
     """Yields the texts (or lists of ids) that make up the plain answer, in their order."""
     for segment in segments:
         if isinstance(segment, Block):
-            for branch in segment:
-                yield from branch
+            for title, rest in segment:
+                yield title
+                yield rest
         else:
             yield segment
 
@@ -84,45 +88,48 @@ def join(segments):
     return "".join(pieces(segments))
 
 
-def plain(ids):
+def plain(segments):
     """Segments of ids -> the ids of the plain answer, a list: no tags, every title once."""
-    return [token for piece in pieces(ids) for token in piece]
+    return [token for piece in pieces(segments) for token in piece]
 
 
 def tokenize(segments, encode):
     """Segments of text -> of ids. encode: str -> list. Every piece is encoded apart, so that
-    training sees exactly the tokens that decoding feeds."""
+    training sees exactly the tokens that decoding feeds: it repeats a title as a prefix."""
     ids = []
     for segment in segments:
         if isinstance(segment, Block):
-            ids.append(Block(Branch(encode(b.title), encode(b.rest)) for b in segment))
+            ids.append(Block(Branch(*map(encode, branch)) for branch in segment))
         else:
             ids.append(encode(segment))
     return ids
 
 
-# ---- one layout, for training and decoding ----------------------------------
+# ---- the layout: a row for training; the engine builds the same, token by token ----
 
 class Row(NamedTuple):
-    """A prompt and its answer, laid out: five int64 tensors of shape (T,)."""
+    """A prompt and its answer, laid out: five int64 tensors of shape (T,), T the row tokens: all
+    that is fed, tags and repeated titles included."""
     token: torch.Tensor
     block: torch.Tensor     # 0 where serial, else 1, 2, ... in the order of the blocks
     branch: torch.Tensor    # 0 where serial, else 1, 2, ... within the block
-    position: torch.Tensor  # for rotary embeddings; siblings share theirs
+    position: torch.Tensor  # for rotary embeddings; the branches of a block start at the same
     target: torch.Tensor    # the token that the decoder chooses after this one, or IGNORE
 
 
-def layout(prompt, ids, eos, tags=None, positions="aspd"):
+def layout(prompt, segments, eos, tags=None, positions="aspd"):
     """Lays an answer out behind its prompt (sections 3.2 and 3.3) -> Row.
 
-    prompt: a list of ids. ids: tokenised segments. eos: the id that ends the answer. tags: a Tags,
-    needed for blocks. positions: how the serial stream goes on after a block, one of POSITIONS.
+    A token is chosen, by the model, or forced, fed by the engine unasked. Only chosen ones are
+    targets. prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row.
+    tags: a Tags, needed for blocks. positions: how the serial stream goes on after a block, one of
+    POSITIONS; ValueError for another.
     """
+    check(positions in POSITIONS, f"unknown position scheme {positions!r}, not one of {POSITIONS}")
     token, block, branch, position, chosen = [], [], [], [], []
 
     def add(tokens, start, is_chosen, in_block=0, in_branch=0):
-        """Adds a piece at positions start, start + 1, ...; returns the position after it.
-        is_chosen: does the decoder choose these tokens, or are they forced?"""
+        """Adds a piece at positions start, start + 1, ...; returns the position after it."""
         n = len(tokens)
         token.extend(tokens)
         block.extend([in_block] * n)
@@ -133,38 +140,33 @@ def layout(prompt, ids, eos, tags=None, positions="aspd"):
 
     n_blocks = 0
     at = add(prompt, 0, False)  # at: the next position of the serial stream
-    for segment in ids:
+    for segment in segments:
         if not isinstance(segment, Block):
             at = add(segment, at, True)
             continue
-        for i, (title, _) in enumerate(segment):
-            at = add([tags.title], at, i != 1)  # forced the second time: a block has two branches
+        for number, (title, _) in enumerate(segment, start=1):
+            at = add([tags.title], at, number != 2)  # Engine.block forces a second one
             at = add(title + [tags.title_end], at, True)
         at = add([tags.para], at, True)
         n_blocks += 1
-        for i, (title, rest) in enumerate(segment, start=1):
-            start = add([tags.branch] + title, at, False, n_blocks, i)
-            add(rest + [tags.branch_end], start, True, n_blocks, i)
-        at += serial_advance([branch_length(*b) for b in segment], positions)
+        for number, (title, rest) in enumerate(segment, start=1):
+            start = add([tags.branch] + title, at, False, n_blocks, number)
+            add(rest + [tags.branch_end], start, True, n_blocks, number)
+        lengths = [len(title + rest) + BRANCH_TAGS for title, rest in segment]
+        at += serial_advance(lengths, positions)
         at = add([tags.para_end], at, False)
 
-    # A token's target is the next one of the row, if chosen: no stream starts with a chosen token,
-    # so the next one is then of the same stream. The last token of a row is always serial.
+    # A chosen token is the target of the one before it in the row. That one is of its own stream,
+    # for every stream (the answer, a branch, what follows a block) begins with a forced token.
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
-    target = target[1:] + [eos]
+    target = target[1:] + [eos]  # the last token of a row is serial
     return Row(*map(torch.tensor, (token, block, branch, position, target)))
 
 
-def branch_length(title, rest):
-    """Row tokens of a branch: its own, and its two tags."""
-    return 1 + len(title) + len(rest) + 1
-
-
 def serial_advance(lengths, positions):
-    """How far a block with branches of these lengths moves the serial stream on (section 3.3): by
-    all, as if they had been written one after the other, or by the longest, as in APAR. ValueError
-    for an unknown scheme."""
-    check(positions in POSITIONS, f"unknown position scheme {positions!r}, not one of {POSITIONS}")
+    """How far a block with branches of these row tokens moves the serial stream on (section 3.3):
+    by all, as if they had been written one after the other, or by the longest. Either way no two
+    tokens of a stream share a position, and all positions are below the row's length."""
     return sum(lengths) if positions == "aspd" else max(lengths)
 
 
@@ -174,7 +176,8 @@ def branch_mask(block, branch):
     """The branch-invisible mask of a row (section 3.2): a query sees the keys at or before it,
     unless they are in different branches of one block.
     block, branch: (..., T) -> (..., T, T) bool, [query, key], True = sees."""
-    same_block = block[..., :, None] == block[..., None, :]  # serial: one block, all of branch 0
+    # Serial tokens count as one block, 0, with one branch, 0: they see each other.
+    same_block = block[..., :, None] == block[..., None, :]
     same_branch = branch[..., :, None] == branch[..., None, :]
     return (same_branch | ~same_block).tril()
 
@@ -182,7 +185,8 @@ def branch_mask(block, branch):
 def cache_mask(slot, branch, owner):
     """The same rule in the KV cache (section 3.4), where the tokens of live branches alternate: a
     query sees the slots at or before its own that are shared or belong to its branch.
-    slot, branch: (T,), of the queries; owner: (S,), a slot's live branch, 0 = shared -> (T, S)."""
+    slot, branch: (T,), of the queries; owner: (S,), the branch being written in a slot, 0 = shared
+    -> (T, S) bool."""
     at_or_before = torch.arange(len(owner), device=owner.device) <= slot[:, None]
     shared_or_own = (owner == 0) | (owner == branch[:, None])
     return at_or_before & shared_or_own
@@ -201,14 +205,14 @@ class Stats:
 
     @property
     def speedup(self):
-        """The ideal one, where a wide pass takes as long as a narrow one."""
+        """Over one token a pass, were a wide pass as fast as a narrow one."""
         return self.tokens / self.steps if self.steps else 1.0
 
 
-def stats(ids):
-    """Tokenised segments -> Stats (section 4.1). The steps are exactly those of the engine."""
-    s = Stats(tokens=len(plain(ids)))
-    for segment in ids:
+def stats(segments):
+    """Segments of ids -> Stats (section 4.1). The adaptive engine takes exactly these steps."""
+    s = Stats(tokens=len(plain(segments)))
+    for segment in segments:
         if not isinstance(segment, Block):
             s.steps += len(segment)
             continue
@@ -233,7 +237,7 @@ class Metrics:
         self.best = 0.0
 
     def add(self, s):
-        """Counts the Stats of an answer in."""
+        """Adds one answer's Stats to the sums."""
         self.best = max(self.best, s.speedup)
         self.sum.update(answers=1, speedup=s.speedup)
         if s.branches:
@@ -242,16 +246,15 @@ class Metrics:
             self.sum.update(APD=s.branch_tokens / s.tokens, APE=in_rests / s.branch_tokens)
 
     def figures(self):
-        """-> dict. PPD: share of answers with a block; ABN: branches a block; APD: share of such an
-        answer inside branches; APE: share of these outside titles; speedup: ideal, mean; best."""
+        """-> dict; the paper's names, and the mean and the best of the answers' ideal speedups."""
         answers = max(self.sum["answers"], 1)
         parallel = max(self.sum["parallel"], 1)
         return {
             "answers": self.sum["answers"],
-            "PPD": self.sum["parallel"] / answers,
-            "ABN": self.sum["branches"] / max(self.sum["blocks"], 1),
-            "APD": self.sum["APD"] / parallel,
-            "APE": self.sum["APE"] / parallel,
+            "PPD": self.sum["parallel"] / answers,                     # answers that have a block
+            "ABN": self.sum["branches"] / max(self.sum["blocks"], 1),  # branches of a block
+            "APD": self.sum["APD"] / parallel,  # tokens inside branches, of an answer with a block
+            "APE": self.sum["APE"] / parallel,  # tokens outside titles, of those inside branches
             "speedup": self.sum["speedup"] / answers,
             "best": self.best,
         }
@@ -276,7 +279,7 @@ def main():
         print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
               f"{names[target]:<12}  {seen}")
     s = stats(ids)
-    print(f"\n{s.tokens} plain tokens in {s.steps} steps. Longer branches gain: python data.py")
+    print(f"\n{s.tokens} plain tokens in {s.steps} steps: branches this short do not pay.")
 
 
 if __name__ == "__main__":

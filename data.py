@@ -1,4 +1,4 @@
-"""Text in: extraction of parallel structure, rows and batches, loading, the tokenizer, the corpus.
+"""From answers to batches: extraction of parallel parts, rows, loading, tokenizers, the corpus.
 
     python data.py                                # what is parallel in the built-in corpus
     python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes all
@@ -11,9 +11,9 @@ import math
 import os
 import random
 import re
-import signal
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from aspd import (IGNORE, MAX_BRANCHES, Block, Branch, Metrics, Tags, branch_mask, check, join, layout,
+from aspd import (IGNORE, Block, Branch, Metrics, Tags, branch_mask, check, join, layout,
                   naming, stats, tokenize)
 from model import map_file, read_json
 
@@ -35,26 +35,23 @@ from model import map_file, read_json
 # sibling says. Then the parts of refused runs, and the stretches between runs, are looked into in
 # the same way.
 
-GROUP_OVER = 10  # parts, at most MAX_BRANCHES; neighbours of a longer run share a branch
-MIN_SAVED = 6    # words; a smaller gain is not worth its tags
-LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
-
+# "3.", "(b)" without the bracket before it, "iv)", "三、"; but not "1.5" and "e.g."
 NUMBER = (r"(\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
-          r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")  # "1.5" and "e.g." are none
-BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"
-# A label is a name of up to ten words, all but two of them capitalised or short. It is no sentence,
-# which only introduces what stands below it ("A good report has three properties:").
+          r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")
+BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it closes it with \1
+# A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:"). A
+# sentence is none; it only introduces what stands below it ("A good report has three properties:").
 NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
         r"(?: [^\s:：.!?,]{1,30}){0,2}")
 SENTENCE = (
     r"(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\b"
     r"|[一-鿿ぁ-ヿ]{9}|[^:：\n]{0,90}(?:有|是|[以如]下"
     r"|\b(?:is|are|was|were|ha[sd]|have|this|these|needs?|follow\w*|includ\w*|two|three|four)\b)")
-LIST = 10  # the rank of list items; what has a smaller one has its text below it
+LIST = 10  # the rank of list items; what has a smaller one (a heading) stands above its text
 LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
-    # name, rank (the smaller, the further out), pattern of a line and the one below it; what its
-    # group 1 finds is the notation that siblings have in common
-    ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank is the number of #
+    # Name, rank (the smaller, the further out), pattern of a line and the one below it; the first
+    # that matches counts. Group 1 of the pattern is the notation that siblings have in common.
+    ("heading", None, r"(#{1,6})[ \t]+\S"),  # its rank is the number of #
     ("underlined heading", 1, r"(?=[^\n]*\n([-=])\1{2,}[ \t\r]*$)[^\s|]"),
     ("bold line", 7, BOLD + r"\1[:：]?[ \t\r]*$"),
     ("ordinal", 9, r"(\*\*|__|)(?:(?:First|Second|Third|Fourth|Fifth|Sixth)(?:ly)?\1[,:]"
@@ -64,17 +61,17 @@ LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
     ("bold label", 8, BOLD + r"(?:[:：]\1|\1[:：])"),
     ("label", 8, rf"()(?!{SENTENCE}){NAME}(?::(?=\s|$)|：)"),
 ]]
-# What is never cut: reasoning, fences, formulas, tables. Not closed, they last to the end.
-OPAQUE = re.compile(r"""(?mx)
-    \A (?: [\s\S]*? </think> | \s* <think> [\s\S]* )
-    | ^[ \t]* (?: (`{3,}) (?!`) [^`\n]* | (~{3,}) (?!~) .* )$
+OPAQUE = re.compile(r"""(?mx)  # what is never cut; if it is not closed, it lasts to the end
+    \A (?: [\s\S]*? </think> | \s* <think> [\s\S]* )          # reasoning
+    | ^[ \t]* (?: (`{3,}) (?!`) [^`\n]* | (~{3,}) (?!~) .* )$  # a fence
       [\s\S]*? (?: ^[ \t]* (?: \1`* | \2~* ) [ \t\r]*$ | \Z )
-    | ^[ \t]*\$\$ (?! .*\$\$ ) [\s\S]*? (?: \$\$ | \Z )
-    | ^ (?: .*\\\[[ \t\r]*$ | [ \t]*\\\[ (?! .*\\\] ) ) [\s\S]*? (?: \\\] | \Z )
-    | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*""")
-HIDDEN = "\0"  # stands for each of its characters
-MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # of a part
-CONCLUSION = (
+    | ^[ \t]*\$\$ (?! .*\$\$ ) [\s\S]*? (?: \$\$ | \Z )      # $$ formula $$
+    | ^ (?: .*\\\[[ \t\r]*$ | [ \t]*\\\[ (?! .*\\\] ) ) [\s\S]*? (?: \\\] | \Z )  # \[ formula \]
+    | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*                      # a row of a table; a short formula
+    """)
+HIDDEN = "\0"  # replaces every character of it, so that all others keep their places
+MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # what a part opens with: "- ", "2. **"
+CONCLUSION = (  # a part or paragraph that needs the parts before it: sums them up, or works on them
     r"(?i)(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In (?:short|essence|conclusion),|Overall"
     r"|Therefore|Ultimately|Final Answer|Calculating|总结|综上|总之|(?:Explanation|Solution|Comparison"
     r"|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
@@ -82,7 +79,7 @@ CONCLUSION = (
 
 class Mark(NamedTuple):
     """What a line is in the outline."""
-    level: str        # a name of LEVELS, or "conclusion", "paragraph" (its first line), "text", ...
+    level: str        # of LEVELS, or conclusion, paragraph (starts), text, blank, opaque, done
     rank: float = 99
     kind: tuple = ()  # level, rank, notation: what siblings have in common; empty if there are none
     number: int = 0   # 0 where it has none
@@ -94,10 +91,14 @@ def bare(text):
 
 
 def script_of(symbol, letters):
-    """The script of a number. letters: those read before, for "i" may go on from "h"."""
-    if symbol.isdecimal() or not symbol.isascii():
-        return "1" if symbol.isdecimal() else "一"
-    if not symbol.strip("ivxIVX") and chr(ord(symbol[0]) - 1) not in letters[-1:]:
+    """The script of a number: 1, 一, i, I, a or A. letters: those read before, to which one is
+    added; "i" goes on from "h", or is Roman."""
+    if symbol.isdecimal():
+        return "1"
+    if not symbol.isascii():
+        return "一"
+    previous = chr(ord(symbol[0]) - 1)
+    if not symbol.strip("ivxIVX") and letters[-1:] != [previous]:
         return "I" if symbol.isupper() else "i"
     letters.append(symbol)
     return "A" if symbol.isupper() else "a"
@@ -105,17 +106,22 @@ def script_of(symbol, letters):
 
 def read_mark(line, below, above, letters):
     """The Mark of a line. below: the next; above: the level of the last; letters: see script_of."""
-    content = line.strip().strip("-=*_ \t")
-    if not content or content[0] == HIDDEN:
-        return Mark("opaque" if content else "blank")  # a rule of dashes counts as blank
-    depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2
+    content = line.strip().strip("-=*_ \t")  # nothing, where it is a rule of dashes
+    if not content:
+        return Mark("blank")
+    if content[0] == HIDDEN:
+        return Mark("opaque")
+    depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2  # in steps of two columns
     for level, rank, pattern in LEVELS:
         m = pattern.match(line.lstrip() + below)
         if not m or depth > (6 if rank == LIST else 1):
             continue
-        rank = rank + depth if rank == LIST else rank or len(m[1])
+        if rank is None:
+            rank = len(m[1])
+        if rank == LIST:
+            rank += depth
         if rank < LIST and re.match(CONCLUSION, bare(line)):
-            return Mark("conclusion", rank - 0.5)  # it ends siblings of its rank
+            return Mark("conclusion", rank - 0.5)  # further out, so that it ends its siblings' run
         script = script_of(m[2], letters) if level == "number" else ""
         return Mark(level, rank, (level, rank, m[1] + script), int(m[2]) if script == "1" else 0)
     return Mark("paragraph", LIST + depth) if above in ("blank", "opaque") else Mark("text")
@@ -125,14 +131,15 @@ def read_marks(text):
     """-> the lines of a text, and their Marks."""
     hidden = OPAQUE.sub(lambda m: re.sub(r"[^\n]", HIDDEN, m[0]), text)
     lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
-    names = Counter(line.split(":")[0] for line in lines)
+    names = Counter(re.split("[:：]", line)[0] for line in lines)
     marks = []
     letters = []
     for line, below in zip(lines, [*lines[1:], ""]):
         above = marks[-1].level if marks else "blank"
         mark = read_mark(line, below, above, letters)
-        if "label" in mark.level:  # the fields of one thing, or of all items, are not siblings
-            if names[line.split(":")[0]] > 1 or above not in ("blank", "bullet"):
+        if mark.level in ("label", "bold label"):
+            repeated = names[re.split("[:：]", line)[0]] > 1  # a field that every item has
+            if repeated or above not in ("blank", "bullet"):  # a field of what stands above it
                 mark = Mark("text")
         marks.append(mark)
     return lines, marks
@@ -144,126 +151,125 @@ def outermost(marks, stretch):
     return min((kind for kind, n in kinds.items() if n > 1), key=lambda kind: kind[1], default=None)
 
 
+@dataclass
+class Run:
+    """Siblings: the lines where they start, and the line behind the last one."""
+    starts: list
+    end: int
+    allowed: int  # paragraphs that a part may hold
+
+
 def find_runs(lines, marks, stretch, kind):
-    """The runs of this kind, each a list: where its parts start, then the line after the last."""
+    """The runs of a kind in a stretch of lines."""
     rank = kind[1]
-    at = [i for i in stretch if marks[i].kind == kind]
+    starts = [i for i in stretch if marks[i].kind == kind]
     runs = []
-    goes_on = False
-    for i, following in zip(at, [*at[1:], stretch.stop]):
-        if not goes_on or marks[i].number < marks[run[-2]].number:
-            run = [i]
-            runs.append(run)
-            allowed = 1 if rank < LIST else 0  # paragraphs that a part may hold
-        end = next((k for k in range(i + 1, following) if marks[k].rank < rank), following)
-        held = [k for k in range(i + 1, end)
+    unbroken = False  # does the next part go on with the run?
+    for i, following in zip(starts, [*starts[1:], stretch.stop]):
+        if not unbroken or marks[i].number < marks[runs[-1].starts[-1]].number:
+            runs.append(Run([], i, allowed=1 if rank < LIST else 0))
+        run = runs[-1]
+        run.starts.append(i)
+        run.end = next((k for k in range(i + 1, following) if marks[k].rank < rank), following)
+        held = [k for k in range(i + 1, run.end)
                 if marks[k].level == "paragraph" and marks[k].rank <= max(rank, LIST)]
-        # More than its siblings hold, or a conclusion: the answer goes on. Only a further heading
-        # takes this back.
+        # A conclusion, or a paragraph more than the parts before held, is no longer the part's: the
+        # answer goes on. Below a heading it may be, unless the part is the last.
         beyond = [k for n, k in enumerate(held)
-                  if n >= allowed or re.match(CONCLUSION, bare(lines[k]))]
-        is_last = end < following or following == stretch.stop
-        if beyond and len(run) > 1 and (is_last or rank >= LIST):
-            end = beyond[0]
-        run[-1:] = [i, end]
-        allowed = max(allowed, len(held))
-        goes_on = end == following
-    return [run for run in runs if len(run) > 2]
+                  if n >= run.allowed or re.match(CONCLUSION, bare(lines[k]))]
+        is_last = run.end < following or following == stretch.stop
+        if beyond and len(run.starts) > 1 and (is_last or rank >= LIST):
+            run.end = beyond[0]
+        run.allowed = max(run.allowed, len(held))
+        unbroken = run.end == following
+    return [run for run in runs if len(run.starts) > 1]
 
 
 # ---- extraction: titles and rules ---------------------------------------------
 
+LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
 LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
-WORD = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # stands for a token
+TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
+GROUP_OVER = 10  # a run of more parts (at most aspd.MAX_BRANCHES) puts neighbours into one branch
+MIN_SAVED = 6    # tokens; a smaller gain is not worth it
 
 
 def make_titles(parts):
     """A title for each part: its label if short, else the fewest words that are its own."""
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # 80, for the engine gives a title 32 tokens
-        words = WORD.finditer(line, len(line) - len(bare(line)))
+        line = part[:80].split("\n")[0].rstrip()  # words and characters for decode.TITLE_CAP tokens
+        after_marker = len(line) - len(bare(line))
+        words = list(TOKEN_LIKE.finditer(line, after_marker))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
     count = Counter(bare(opening).lower() for some in openings for opening in some)
     titles = []
-    for some in openings:
-        label = sum(not LABEL_END.search(bare(opening)) for opening in some)  # its words
-        if 0 < label <= LABEL_WORDS:
-            some = some[label - 1:]
-        titles.append(next((own for own in some if count[bare(own).lower()] == 1), some[-1]))
+    for candidates in openings:
+        label_words = sum(not LABEL_END.search(bare(opening)) for opening in candidates)
+        if 0 < label_words <= LABEL_WORDS:
+            candidates = candidates[label_words - 1:]
+        own = [opening for opening in candidates if count[bare(opening).lower()] == 1]
+        titles.append([*own, candidates[-1]][0])
     return titles
 
 
-def make_block(text, at, parts, titles):
-    """The Block of parts that start at these characters of the text."""
-    ends = [start + len(part) for start, part in zip(at, parts)]
+def make_block(text, starts, parts, titles):
+    """The Block of parts that start at these characters of the text. A branch opens with the white
+    space behind the one before it, and the title of its first part."""
+    ends = [start + len(part) for start, part in zip(starts, parts)]
     size = -(-len(parts) // GROUP_OVER)  # neighbours that share a branch
     block = Block()
-    opens = at[0]
+    opens = starts[0]
     for i in range(0, len(parts), size):
-        cut = at[i] + len(titles[i])
+        title_end = starts[i] + len(titles[i])
         end = ends[i:i + size][-1]
-        block.append(Branch(text[opens:cut], text[cut:end]))
+        block.append(Branch(text[opens:title_end], text[title_end:end]))
         opens = end
     return block
 
 
+TERM = r"[^\W_](?:[\w.,'-]*\w)?"  # a word, a name or a number
+
+
+def stem(word):
+    """A word without case and plural."""
+    return word.lower().rstrip("s")
+
+
 class Siblings(NamedTuple):
     """A run, as the rules see it."""
-    parts: list   # texts
+    parts: list       # texts
     titles: list
-    block: Block  # what the run would become
-    start: int    # of the first part in the answer
-    said: dict    # {word: where the answer says it first, below 0 in the prompt}
+    block: Block      # what the run would become
+    start: int        # of the first part in the answer
+    first_said: dict  # {stem: where the answer says it first, below 0 in the prompt}
 
     def say(self, pattern):
         """Does a part, its marker aside, match?"""
         return any(re.search(pattern, bare(part)) for part in self.parts)
 
     def taken_up(self, brings, takes):
-        """How often a part takes up what one before it, but no title or text above, brings in."""
-        known = stems(WORDS, " ".join(self.titles))
+        """How many things does one part bring in and a later one take up? Things that a title, the
+        text above or the prompt names do not count. brings, takes: patterns that find them."""
+        known = set(map(stem, re.findall(TERM, " ".join(self.titles))))
         n = 0
         brought = set()
         for part, title in zip(self.parts, self.titles):
-            own = stems(brings, part)
-            taken = stems(takes, part[len(title):]) & brought - known
+            own = set(map(stem, re.findall(brings, part)))
+            taken = set(map(stem, re.findall(takes, part[len(title):]))) & brought - known
             if brings != takes:
-                taken -= own
-            n += sum(self.said.get(word, -1) >= self.start for word in taken)
+                taken -= own  # "a fox ... the fox" in one part
+            n += sum(self.first_said.get(word, -1) >= self.start for word in taken)
             brought |= own
         return n
 
 
-def stems(pattern, text):
-    """What a pattern finds, without case and plural."""
-    return {word.lower().rstrip("s") for word in re.findall(pattern, text)}
-
-
-WORDS = r"[^\W_](?:[\w.,'-]*\w)?"
-PERFORMED = (r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
-             r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))")
-GOES_ON = (r"\A(?:(?:However|Thus|As a result|Then|Meanwhile|Now|If (?:yes|no|so))\b|(?:Next|Also),"
-           r"|然后|接着|因此|所以|但是)")
-POINTS = (r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-          r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b|[上前]一[步项条节点]|[上前]述|如上|上記"
-          r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
-VALUE = r"\d[\d,.]*\d"
-RESULT = rf"[=≈][^\w\n]{{0,6}}({VALUE})(?!\S{{0,9}} *[-+*/])"
-IDENTIFIER = (r"\b[a-z](?=\w*(?:_\w|[a-z][A-Z][a-z]))\w+|\b(?:[A-Z][a-z]+){3}\w*"
-              r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])")
-NOUN = (r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?='s\b|[^\w '-]"
-        r"| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that|who|which)\b)")
-A_THING = rf"\b(?:[Aa]n?|one|some) {NOUN}"
-SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}) who\b"
-THE_THING = rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))"
-PERSON = r"(?<=[a-z,] )[A-Z][a-z]{3,}"
-
+# A rule is true of a run that must not become a block. Its docstring is the reason that is printed.
 
 def saves_nothing(run):
     """saves no steps"""
-    rests = [len(WORD.findall(rest)) for _, rest in run.block]
-    # The longest rest is waited for, and the tags: two a title, <|para|>, <|/branch|>, <|/para|>.
+    rests = [len(TOKEN_LIKE.findall(rest)) for _, rest in run.block]
+    # As in aspd.stats: the longest rest is waited for, and two tags a title and three more.
     return sum(rests) - max(rests) - 2 * len(rests) - 3 < MIN_SAVED
 
 
@@ -274,7 +280,8 @@ def repeats_a_title(run):
 
 def skips_a_number(run):
     """its numbers skip one that a line inside a part starts with"""
-    numbers = [int((re.match(r"\W*(\d{1,9})", part) or "00")[1]) for part in run.parts]
+    openings = [re.match(r"\W*(\d{1,9})", part) for part in run.parts]
+    numbers = [int(m[1]) if m else 0 for m in openings]
     for part, low, high in zip(run.parts, numbers, numbers[1:]):
         inside = map(int, re.findall(r"\n[^\w\n]*(\d{1,9})", part))
         if low > 0 and any(low < number < high for number in inside):
@@ -287,9 +294,18 @@ def concludes(run):
     return re.match(CONCLUSION, bare(run.parts[-1]))
 
 
+PERFORMED = (  # "Verse 2", "FADE OUT" on a line; "Ann (smiling):", "Ann: (whispering)"
+    r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
+    r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))")
+
+
 def is_performed(run):
     """is a song or a play"""
     return run.say(PERFORMED)
+
+
+GOES_ON = (r"\A(?:(?:However|Thus|As a result|Then|Meanwhile|Now|If (?:yes|no|so))\b|(?:Next|Also),"
+           r"|然后|接着|因此|所以|但是)")
 
 
 def goes_on(run):
@@ -297,9 +313,19 @@ def goes_on(run):
     return run.say(GOES_ON)
 
 
+POINTS = (  # "Repeat this process", "as said above", "from step 2", "the previous section"
+    r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
+    r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b|[上前]一[步项条节点]|[上前]述|如上|上記"
+    r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
+
+
 def points_at_sibling(run):
     """points at a sibling"""
     return run.say(POINTS)
+
+
+VALUE = r"\d[\d,.]*\d"
+RESULT = rf"[=≈][^\w\n]{{0,6}}({VALUE})(?!\S{{0,9}} *[-+*/])"  # "= 42", not "= 42 + 1"
 
 
 def uses_sibling_value(run):
@@ -307,20 +333,37 @@ def uses_sibling_value(run):
     return run.taken_up(RESULT, VALUE) > 0
 
 
+IDENTIFIER = (  # user_name, jobStart, JobStartTime, "#day-list", "'Wedding'"
+    r"\b[a-z](?=\w*(?:_\w|[a-z][A-Z][a-z]))\w+|\b(?:[A-Z][a-z]+){3}\w*"
+    r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])")
+
+
 def uses_sibling_name(run):
     """uses a name of a sibling"""
     return run.taken_up(IDENTIFIER, IDENTIFIER) > 0
 
 
+NOUN = (  # after up to two words, and before what is not part of its phrase: "old grey fox jumps"
+    r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?='s\b|[^\w '-]"
+    r"| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that|who|which)\b)")
+A_THING = rf"\b(?:[Aa]n?|one|some) {NOUN}"                  # "a deep hole,"
+THE_THING = rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))"          # "the hole.", not "the hole that"
+SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}) who\b"  # "a captain who"
+
+
 def takes_up_things(run):
     """takes up things of a sibling"""
-    return run.taken_up(A_THING, THE_THING) > 1 or run.taken_up(SOMEBODY, THE_THING) > 0
+    things = run.taken_up(A_THING, THE_THING)  # one may be chance
+    return things > 1 or run.taken_up(SOMEBODY, THE_THING) > 0
+
+
+EPISODE = r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"
+PERSON = r"(?<=[a-z,] )[A-Z][a-z]{3,}"
 
 
 def tells_on(run):
     """goes on with a sibling's story"""
-    episode = r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"
-    return re.match(episode, run.titles[0]) and run.taken_up(PERSON, PERSON) > 3
+    return re.match(EPISODE, run.titles[0]) and run.taken_up(PERSON, PERSON) > 3
 
 
 RULES = [saves_nothing, repeats_a_title, skips_a_number, concludes, is_performed, goes_on,
@@ -328,16 +371,17 @@ RULES = [saves_nothing, repeats_a_title, skips_a_number, concludes, is_performed
 
 
 def extract(text, prompt=""):
-    """An answer -> its segments (str or Block), and the refused runs as (reason, start, end).
+    """An answer -> its segments (str or Block), and the refused runs as (reason, start, end), in
+    characters of the text.
 
-    The segments are never empty and, joined, the text, whatever it is. White space between two
-    parts opens the title of the second one; what stands below the last one is serial.
+    Joined, the segments are the text, whatever it is; none is empty. White space between two parts
+    opens the title of the second one; what stands below the last one is serial.
     """
     lines, marks = read_marks(text)
     start = [0, *itertools.accumulate(map(len, lines))]  # of each line in the text
-    said = {}
-    for m in re.finditer(WORDS, prompt + "\n" + text):
-        said.setdefault(m[0].lower().rstrip("s"), m.start() - len(prompt) - 1)
+    first_said = {}
+    for m in re.finditer(TERM, prompt + "\n" + text):
+        first_said.setdefault(stem(m[0]), m.start() - len(prompt) - 1)
     blocks = {}  # by where they start
     refusals = []
     stretches = [range(len(lines))]
@@ -349,22 +393,24 @@ def extract(text, prompt=""):
         runs = find_runs(lines, marks, stretch, kind)
         for i in stretch:
             if marks[i].kind == kind:
-                marks[i] = Mark("alone", kind[1])  # whatever becomes of it, it is done with
+                marks[i] = Mark("done", kind[1])  # whatever becomes of it, so that this ends
+        behind = stretch.start  # the line behind the last run
         for run in runs:
-            stretches.append(range(stretch.start, run[0]))
-            stretch = range(run[-1], stretch.stop)
-            at = [start[i] for i in run]
-            parts = [text[a:b].rstrip() for a, b in zip(at, at[1:])]
+            stretches.append(range(behind, run.starts[0]))
+            behind = run.end
+            bounds = [start[i] for i in [*run.starts, run.end]]
+            parts = [text[a:b].rstrip() for a, b in zip(bounds, bounds[1:])]
             titles = make_titles(parts)
-            block = make_block(text, at, parts, titles)
-            siblings = Siblings(parts, titles, block, at[0], said)
-            reason = next((rule.__doc__ for rule in RULES if rule(siblings)), None)
+            block = make_block(text, bounds[:-1], parts, titles)
+            siblings = Siblings(parts, titles, block, bounds[0], first_said)
+            reasons = (rule.__doc__ or rule.__name__ for rule in RULES if rule(siblings))
+            reason = next(reasons, None)
             if reason:
-                refusals.append((reason, at[0], at[-1]))
-                stretches += map(range, run, run[1:])
+                refusals.append((reason, bounds[0], bounds[-1]))
+                stretches += map(range, run.starts, [*run.starts[1:], run.end])  # into its parts
             else:
-                blocks[at[0]] = block
-        stretches.append(stretch)
+                blocks[bounds[0]] = block
+        stretches.append(range(behind, stretch.stop))
     segments = []
     done = 0
     for at, block in sorted(blocks.items()):
@@ -379,7 +425,7 @@ def split_held_out(records):
     """-> (train, held out): the answers to 2% of the prompts, the same in every run. At least one
     prompt is held out where there are two, none where there is one."""
     prompts = {r["prompt"] for r in records}
-    shuffled = sorted(prompts, key=lambda prompt: random.Random(repr(prompt)).random())
+    shuffled = sorted(prompts, key=lambda prompt: zlib.crc32(repr(prompt).encode()))
     held = set(shuffled[:max(len(prompts) // 50, 1)] if len(prompts) > 1 else ())
     train = [r for r in records if r["prompt"] not in held]
     return train, [r for r in records if r["prompt"] in held]
@@ -390,7 +436,7 @@ def make_rows(records, tokenizer, config, mode="aspd"):
 
     mode: "aspd" is tagged, "serial" the plain answer. Both leave out the same answers, so that
     their models can be compared."""
-    tags = tokenizer.tags or Tags(*[tokenizer.eos] * 6)  # a serial model has none; as long
+    tags = tokenizer.tags or Tags(*[tokenizer.eos] * 6)  # stand-ins, for the length
     rows = []
     metrics = Metrics()
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
@@ -420,10 +466,10 @@ def batches(lengths, batch_size, seed):
 
 
 def collate(rows, device="cpu"):
-    """Rows -> (idx, position, mask, target), padded on the right to a multiple of 16: fewer shapes,
-    for each of which kernels are chosen, or compiled, anew.
+    """Rows -> (token, position, mask, target), padded on the right to a multiple of 16, so that few
+    shapes occur: for each one kernels are chosen, or compiled, and kept.
 
-    idx, position, target: (B, T). mask: (B, 1, T, T) bool; None, causal, if no row has a block."""
+    token, position, target: (B, T). mask: (B, 1, T, T) bool; None, causal, without a block."""
     T = math.ceil(max(len(row.token) for row in rows) / 16) * 16
     padded = []
     for tensors, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)):
@@ -488,8 +534,9 @@ def read_turns(record):
 
 
 def read_answers(record, left_out):
-    """Yields (prompt, answer) for every answer of a record, its prompt the user's turn before it.
-    Turns of one role in a row are one. Counts in left_out, by reason, what yields no answer."""
+    """Yields (prompt, answer) for every answer of a record, with the user's turn before it as its
+    prompt ("" where the record begins with an answer). Turns of one role in a row are one. Counts
+    in left_out, by reason, what yields no answer."""
     turns = []
     for role, text in read_turns(record):
         name = str(role).strip().lower()
@@ -518,12 +565,12 @@ def read_records(path):
     n_answers = 0
     left_out = Counter()
     for n, (_, r) in enumerate(read_objects(path)):
-        small = {name: r[name] for name in ("category", "model", "facts") if name in r}
+        kept = {name: r[name] for name in ("category", "model", "facts") if name in r}
         pairs = list(read_answers(r, left_out))
         n_answers += len(pairs)
         for k, (prompt, response) in enumerate(pairs):
             own_id = r.get("id", n) if len(pairs) == 1 else f"{r.get('id', n)}-{k}"
-            yield {"id": own_id, "prompt": prompt, "response": response, **small}
+            yield {"id": own_id, "prompt": prompt, "response": response, **kept}
     reasons = ", ".join(f"{n} x {reason}" for reason, n in left_out.most_common(10))
     check(n_answers, f"{path}: no usable answers ({reasons or 'no records'}); read are {LAYOUTS}")
     if left_out:
@@ -549,7 +596,8 @@ def write_whole(path, lines):
         # a lone surrogate is written as JSON escapes it, \ud83d
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(line + "\n" for line in lines)
-        temporary.replace(path)
+        if temporary != path:
+            temporary.replace(path)
     finally:
         Path(f"{path}.tmp").unlink(missing_ok=True)
 
@@ -585,7 +633,7 @@ def cli(main):
 
 # ---- the tokenizer: byte-level BPE, computed by tiktoken --------------------
 
-# Cuts text into words, which are encoded apart; the same to `re`, which learns, and to tiktoken.
+# Cuts text into words, which are encoded apart; for `re` in learn_bpe and for tiktoken alike.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 PLAIN_FORM = [["{system}\n"], ["User: {prompt}\nAssistant:\n"]]
 
@@ -601,12 +649,12 @@ class Tokenizer:
 
     def __init__(self, pattern, ranks, eos, tags=None, stop=(), chat=PLAIN_FORM, system="",
                  nfc=False, added={}, taken=()):
-        self.settings = dict(locals())  # plain values, for a checkpoint
+        self.settings = dict(locals())  # first of all: plain values, for a checkpoint
         del self.settings["self"]
         self.eos = eos
         self.tags = tags and Tags(*tags)
         self.stop = {eos, *stop}
-        # what tiktoken calls special is text to us; what is special to us, tiktoken does not know
+        # To tiktoken the added tokens are special, so it matches them first; to us they are text.
         self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks,
                                      special_tokens=added)
         self.bytes = {i: token for token, i in ranks.items()}
@@ -645,8 +693,8 @@ class Tokenizer:
 
 
 def learn_bpe(text, vocab_size=2048):
-    """Byte pair encoding learnt from text -> ranks. Holds the commonest words with their counts, a
-    word as a str that has one character for each of its tokens."""
+    """Byte pair encoding learnt from text -> ranks. Works on the commonest words and their counts;
+    a word is a str with one character, chr(id), for each of its tokens."""
     words = Counter(re.findall(PATTERN, text)).most_common(4000)
     words = [(word.encode("utf-8", "replace").decode("latin-1"), n) for word, n in words]
     tokens = {chr(b): bytes([b]) for b in range(256)}
@@ -665,15 +713,15 @@ def learn_bpe(text, vocab_size=2048):
 
 
 def make_tokenizer(name, texts):
-    """A Tokenizer with tags. name: "bpe", which is learnt from the texts, a published folder, or a
-    name that tiktoken knows."""
+    """A Tokenizer without tags. name: "bpe", which is learnt from the texts, a published folder, or
+    a name that tiktoken knows."""
     if name == "bpe":
         ranks = learn_bpe("".join(itertools.islice(texts, 2000)))
-        return Tokenizer(PATTERN, ranks, eos=len(ranks)).add_tags()
+        return Tokenizer(PATTERN, ranks, eos=len(ranks))
     if Path(name).is_dir():
-        return published_tokenizer(name).add_tags()
+        return published_tokenizer(name)
     known = tiktoken.get_encoding(name)
-    return Tokenizer(known._pat_str, known._mergeable_ranks, known.eot_token).add_tags()
+    return Tokenizer(known._pat_str, known._mergeable_ranks, known.eot_token)
 
 
 # ---- the built-in corpus ----------------------------------------------------
@@ -705,7 +753,7 @@ FORMS = {  # what a prompt calls it; how it opens; how each thing is told
     "headed": ("a guide to", "A short guide:\n\n", f"### {{0}}\n\n{SIZE} {LIFE}\n\n"),
     "nested": ("a fact sheet on", "In notes:\n\n", f"- **{{0}}**\n  - {SIZE}\n  - {LIFE}\n"),
     "prose": ("a paragraph about", "", f"{SIZE} {LIFE} "),
-    "sums": ("a running sum of", "Day by day:\n\n", "Day {i} of {0} makes {1} + {2} = {3} km.\n"),
+    "sums": ("a running sum of", "Day by day:\n\n", "- Day {i} of {0} makes {1} + {2} = {3} km.\n"),
 }
 ASKS = ("Write {} {}.", "Give me {} {}.", "Can you make {} {}?")
 

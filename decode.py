@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from aspd import (MAX_BRANCHES, Block, Branch, branch_length, cache_mask, check, plain,
+from aspd import (BRANCH_TAGS, MAX_BRANCHES, Block, Branch, cache_mask, check, plain,
                   serial_advance)
 from data import Tokenizer, cli, printable, published_tokenizer, read_prompts, write_whole
 from model import check_device, from_checkpoint, from_published, read_checkpoint
@@ -30,7 +30,7 @@ from model import check_device, from_checkpoint, from_published, read_checkpoint
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
-FEW = 64        # a larger top-k sorts the whole vocabulary, which takes long
+FEW = 64        # candidates for a small top-k; a larger one sorts the whole vocabulary, slowly
 COMPILE = {  # on CUDA what mode="reduce-overhead" does; on a CPU oneDNN packs the weights once
     "cuda": {"triton.cudagraphs": True},
     "cpu": {"freezing": True, "cpp.enable_concat_linear": True},
@@ -80,7 +80,8 @@ def sample(logits, u, temperature, top_k, top_p, candidates):
 
 def sampling_tensors(temperature, top_k, top_p, vocab_size, device):
     """generate()'s settings -> the last four arguments of sample()."""
-    temperature = min(max(temperature, 1e-30), 1e30) if temperature else 0  # a float32 that divides
+    if temperature:
+        temperature = min(max(temperature, 1e-30), 1e30)  # what a float32 can be divided by
     top_k = min(top_k or vocab_size, vocab_size)
     candidates = min(FEW, vocab_size) if top_k <= FEW else vocab_size
     settings = (temperature, top_k, top_p)
@@ -88,19 +89,20 @@ def sampling_tensors(temperature, top_k, top_p, vocab_size, device):
     return *tensors, candidates if temperature else 1
 
 
-def forward_pass(model, allow, feed, choose, u, sampling, seen):
-    """The step of all modes -> (tokens chosen (L,), their logits (L, V) before the grammar).
+def forward_pass(model, allow, fed, choose, u, sampling, seen):
+    """The step of all modes -> (tokens chosen (L,), their logits (L, V), for tests and bench).
 
-    feed: (4, W) int64: token, position, branch and slot of the W tokens fed.
-    choose: (2, L) int64: the L columns of feed to choose a token after, and in which state.
-    A token is -1 where the logits are not finite. seen: how many slots of the cache are read.
+    fed: (4, W) int64: token, position, branch and slot of the W tokens fed; the slots become the
+    branches'. choose: (2, L) int64: after which L of them to choose a token, and in which state.
+    allow: (6, V), the grammar. u: (L,) and sampling: see sample(). seen: slots that are read.
+    A token is -1 where the logits are not finite.
     """
-    token, position, branch, slot = feed
+    token, position, branch, slot = fed
     pick, state = choose
     model.owner[slot] = branch
     mask = cache_mask(slot, branch, model.owner[:seen])
     logits = model(token[None], position[None], mask, slot, pick)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # or float64
     chosen = sample(logits.masked_fill(~allow[state], -torch.inf), u, *sampling)
     return torch.where(logits.isfinite().all(-1), chosen, -1), logits
 
@@ -108,16 +110,17 @@ def forward_pass(model, allow, feed, choose, u, sampling, seen):
 # ---- a model ready to decode ------------------------------------------------
 
 class LM:
-    """A model, its tokenizer and what they need to decode: grammar and step."""
+    """A model, which is frozen, its tokenizer and what they need to decode: grammar and step."""
 
     def __init__(self, model, tokenizer, compile=False):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = model.model.embed_tokens.weight.device
         self.allow = grammar(tokenizer, model.config.vocab_size).to(self.device)
-        self.step = forward_pass
-        self.compiled_step = None  # for passes that feed one token a live branch
+        self.step = forward_pass   # tests put theirs in its place
+        self.compiled_step = None  # for passes that choose after every token: static shapes
         if compile:
+            check(self.device.type in COMPILE, f"--compile: not built for {self.device.type}")
             torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
             torch._dynamo.mark_static_address(self.allow)  # CUDA graphs need not copy it
             self.compiled_step = torch.compile(
@@ -126,7 +129,8 @@ class LM:
 
 def load(path="out", device="cpu", dtype=None, compile=False):
     """An LM from a folder, of train.py or published. dtype: "float32", "bfloat16" or "float64";
-    None: bfloat16 on CUDA, else float32. ValueError without a usable checkpoint."""
+    None: bfloat16 on CUDA, else float32, in which few tokens are as fast on a CPU (model.linear).
+    ValueError without a usable checkpoint."""
     check_device(device)
     if Path(path, "config.json").exists() and not Path(path, "ckpt.pt").exists():
         model = from_published(path)
@@ -153,31 +157,32 @@ class Answer:
     steps: int      # forward passes after prefill
     seconds: float  # wall-clock, prefill included
     ttft: float     # seconds to the first token
-    blocks: list    # of each block, the tokens of each branch, tags aside
-    finish: str     # "stop", or "length" when the budget or the context cut anything
+    blocks: list    # of each block, how many tokens each branch has, tags aside
+    finish: str     # "stop", or "length" when the budget or the context cut anything but a title
     segments: list  # ids and Blocks of ids
 
 
 @dataclass
 class Budget:
-    """How many row tokens may still be fed, and how a block divides them."""
+    """How many row tokens may still be fed, the prompt included, and how a block divides them."""
     left: int
     max_branches: int
 
     def room(self, block):
-        """May one more title start (in a new block: two), so that every branch still gets
-        MIN_BRANCH tokens after its title?"""
+        """May one more title start, so that every branch still gets MIN_BRANCH tokens after its
+        title? In a new block two must fit."""
         new = 1 if block else 2
-        titles = [title for title, _ in block] + [[0] * TITLE_CAP] * new
+        branches = len(block) + new
+        titles = sum(len(title) for title, _ in block) + new * TITLE_CAP
         needed = new * (1 + TITLE_CAP + 1)  # the new titles, between their tags
         needed += 1 + 1                     # <|para|> and <|/para|>
-        needed += sum(branch_length(title, [0] * MIN_BRANCH) for title in titles)
-        return len(titles) <= self.max_branches and needed <= self.left
+        needed += titles + branches * (MIN_BRANCH + BRANCH_TAGS)
+        return branches <= self.max_branches and needed <= self.left
 
     def quota(self, block):
         """Tokens that each branch may have after its title: an equal share of what is left, so that
         it does not depend on the order in which the branches are decoded."""
-        forced = 1 + 1 + sum(branch_length(title, []) for title, _ in block)  # the 1s as above
+        forced = 1 + 1 + sum(len(title) + BRANCH_TAGS for title, _ in block)
         return (self.left - forced) // len(block)
 
 
@@ -185,13 +190,13 @@ class Budget:
 class Lane:
     """A branch that is being written."""
     number: int     # 1, 2, ... within its block
-    branch: Branch  # title and rest so far
+    branch: Branch  # title and rest so far; its lists grow in place
     position: int   # of the next token
-    token: int = -1  # the next token, chosen but not yet fed
+    token: int      # the next token, chosen but not yet fed
 
 
 class Engine:
-    """The state of one answer being decoded. Its methods follow the picture above."""
+    """The state of one answer being decoded. Its methods follow the picture at the head."""
 
     def __init__(self, lm, mode, budget, sampling, seed, watch):
         self.lm = lm
@@ -200,12 +205,13 @@ class Engine:
         self.budget = budget
         self.sampling = sampling  # the last arguments of sample()
         self.watch = watch
-        lm.model.setup_cache(power_of_two(max(budget.left + 1, 256)))  # one more: for padding
+        slots = max(budget.left + 1, 256)  # one more, for padding; a power of two, for few sizes
+        lm.model.setup_cache(power_of_two(slots))
         draw = torch.Generator().manual_seed(seed % 2**63)
         self.uniform = torch.rand(budget.left, MAX_BRANCHES + 1, generator=draw)  # (T, branches)
         self.slot = 0      # the next slot
         self.position = 0  # the next position of the serial stream
-        self.steps = -1    # passes, without the prefill
+        self.steps = -1    # passes; the prefill makes it 0
         self.segments = [[]]
         self.cut = False   # has the budget or the context cut anything?
 
@@ -214,32 +220,32 @@ class Engine:
         in a state of the grammar, after those at the indices `pick`, a list."""
         lm = self.lm
         n = len(fed)
-        u = [float(self.uniform[fed[i][1:]]) for i in pick]  # by position and branch
-        feed = [(*triple, self.slot + i) for i, triple in enumerate(fed)]
+        u = [float(self.uniform[fed[i][1:]]) for i in pick]  # by (position, branch)
+        fed = [(*triple, slot) for slot, triple in enumerate(fed, start=self.slot)]
         self.slot += n
         self.steps += 1
         step = lm.step
         seen = self.slot
-        if lm.compiled_step and len(pick) == n:  # few widths, and always the whole cache
+        if lm.compiled_step and len(pick) == n:  # all but prefill and prefixes
             step = lm.compiled_step
-            seen = len(lm.model.owner)
+            seen = len(lm.model.owner)  # a static shape, as is the width
             padding = power_of_two(n) - n
-            feed += [(0, 0, -1, seen - 1)] * padding  # a branch that nobody is, in the last slot
+            fed += [(0, 0, -1, seen - 1)] * padding  # in the last slot, behind what anybody sees
             u += [0.0] * padding
             pick = range(n + padding)
         choose = [(i, state) for i in pick]
-        feed, choose, u = (torch.tensor(x, device=lm.device) for x in (feed, choose, u))
-        chosen, _ = step(lm.model, lm.allow, feed.t(), choose.t(), u, self.sampling, seen)
+        fed, choose, u = (torch.tensor(x, device=lm.device) for x in (fed, choose, u))
+        chosen, _ = step(lm.model, lm.allow, fed.t(), choose.t(), u, self.sampling, seen)
         chosen = chosen.tolist()  # the one synchronisation of a pass
         if min(chosen) < 0:
-            lm.model.owner = None  # the next answer needs a new cache: this one is spoilt
+            lm.model.owner = None  # a new cache for the next answer: masked or not, NaN spreads
             raise ValueError(f"the logits of step {self.steps} are not finite")
         if self.watch:
             self.watch(self)
         return chosen[:n]
 
     def serial(self, tokens, state=None):
-        """Feeds serial tokens -> the next one; state None: text or, with room for it, a block."""
+        """Feeds serial tokens -> the next one. state None: text, or a block if there is room."""
         fed = [(token, self.position + i, 0) for i, token in enumerate(tokens)]
         self.position += len(tokens)
         self.budget.left -= len(tokens)
@@ -266,7 +272,8 @@ class Engine:
         block = Block()
         self.segments.append(block)
         token = self.tags.title
-        while len(block) < 2 or token == self.tags.title and self.budget.room(block):
+        # The second title is forced: see layout().
+        while len(block) < 2 or (token == self.tags.title and self.budget.room(block)):
             token = self.title(block)
         self.cut |= token == self.tags.title and len(block) < self.budget.max_branches
         self.branches(block)
@@ -276,7 +283,7 @@ class Engine:
     def title(self, block):
         """Writes one more title. Returns <|title|> or <|para|>, as the model chooses."""
         title = []
-        block.append(Branch(title, []))
+        block.append(Branch(title, []))  # from now on the view shows it
         token = self.serial([self.tags.title], TITLE_START)
         while token != self.tags.title_end and len(title) < TITLE_CAP:
             title.append(token)
@@ -292,7 +299,7 @@ class Engine:
         for number, branch in enumerate(block, start=1):
             prefix = [self.tags.branch] + branch.title
             fed += [(token, start + i, number) for i, token in enumerate(prefix)]
-            lanes.append(Lane(number, branch, start + len(prefix)))
+            lanes.append(Lane(number, branch, start + len(prefix), token=self.tags.branch))
             ends.append(len(fed) - 1)
         quota = self.budget.quota(block)
         for lane, token in zip(lanes, self.feed(fed, ends, BRANCH)):
@@ -303,6 +310,7 @@ class Engine:
             while live:
                 fed = [(lane.token, lane.position, lane.number) for lane in live]
                 chosen = self.feed(fed, range(len(live)), BRANCH)
+                # A lane that has just fed its <|/branch|> is done.
                 going_on = [(lane, token) for lane, token in zip(live, chosen)
                             if lane.token != self.tags.branch_end]
                 for lane, token in going_on:
@@ -311,13 +319,13 @@ class Engine:
                 live = [lane for lane, _ in going_on]
 
         self.lm.model.owner.zero_()  # the block's slots become shared
-        lengths = [branch_length(*branch) for branch in block]
+        lengths = [len(title + rest) + BRANCH_TAGS for title, rest in block]
         self.position = start + serial_advance(lengths, self.lm.model.config.positions)
         self.budget.left -= 1 + sum(lengths)
 
     def accept(self, lane, token, quota):
-        """The lane's next token: what the model chose or, where the branch ends by itself or by its
-        quota, <|/branch|>."""
+        """Adds the model's choice to the branch, unless that ends, by itself or by its quota -> the
+        token to feed next, <|/branch|> at its end."""
         ends = token == self.tags.branch_end or token in self.lm.tokenizer.stop
         if ends or len(lane.branch.rest) == quota:
             self.cut |= not ends
@@ -338,8 +346,9 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
 
     mode: "adaptive" (the engine), "branchwise" (the same, one branch after the other) or "serial"
     (no blocks); None: adaptive where there are tags. system: None is the model's own.
-    max_new_tokens counts row tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off. watch:
-    called with the Engine after every pass. ValueError for a value out of range or a long prompt.
+    max_new_tokens: after the prompt, tags included. temperature 0 is greedy; top_k 0 and top_p 1
+    are off. watch: called with the Engine after every pass, before its tokens are added.
+    ValueError for a value out of range, and for a prompt that is too long.
     """
     tokenizer = lm.tokenizer
     mode = mode or ("adaptive" if tokenizer.tags else "serial")
@@ -355,7 +364,7 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
     ids = tokenizer.prompt(prompt, system)
     context = lm.model.config.block_size
     check(len(ids) < context,
-          f"the prompt {prompt[:40]!r}... has {len(ids)} tokens, too many for a context of {context}")
+          f"the prompt {prompt[:40]!r}... has {len(ids)} tokens, the context only {context}")
 
     start = time.perf_counter()
     budget = Budget(min(len(ids) + max_new_tokens, context), max_branches)
@@ -393,7 +402,8 @@ class View:
         if isinstance(done[-1], Block):
             *done, block = done
         text = self.tokenizer.decode(plain(done)).rstrip("\ufffd")  # half a character
-        lines = self.branch_lines(block) if text[-1:] in ("", "\n") else []
+        at_line_start = text[-1:] in ("", "\n")
+        lines = self.branch_lines(block) if at_line_start else []
         self.write(text, lines)
         self.shown = time.perf_counter()
 

@@ -2,8 +2,8 @@
 
 RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied or untied head.
 Two things are unusual. Positions and mask are given explicitly, because sibling branches share
-their positions and do not see each other. And the KV cache is written at explicit slots: one
-forward pass serves prefill, prefixes and parallel steps, and nothing advances in secret.
+their positions and do not see each other. And the KV cache is written at slots that the caller
+names: one forward pass serves prefill, prefixes and parallel steps, and nothing is counted here.
 
 Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size,
 V vocab_size.
@@ -27,7 +27,7 @@ FORMAT = "aspd-2"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and 
 @dataclass
 class GPTConfig:
     """The shape of a model; the defaults have about the size of GPT-2."""
-    block_size: int = 1024        # context: positions and row tokens at most
+    block_size: int = 1024        # context: row tokens at most
     vocab_size: int = 50304       # rows of the embedding, tags and padding included
     n_layer: int = 12
     n_head: int = 12
@@ -35,45 +35,47 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048           # width of the SwiGLU layer
     head_size: int = 64
-    rope_theta: float = 500000.0  # large, as in Llama 3: what a token is counts more than how far
+    rope_theta: float = 500000.0  # large, as in Llama 3: attention fades less with distance
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # True in Qwen2
     tied: bool = True             # the head shares the embedding's weights
-    positions: str = "aspd"       # how the serial stream goes on after a block (aspd.POSITIONS)
+    positions: str = "aspd"       # not used here: the numbering of rows, one of aspd.POSITIONS
 
 
 def rope(position, head_size, theta):
-    """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each."""
-    even = torch.arange(0, head_size, 2, device=position.device)
-    frequency = theta ** -(even / head_size)             # (hs/2,)
+    """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each, float32."""
+    channel = torch.arange(0, head_size, 2, device=position.device)
+    frequency = theta ** -(channel / head_size)          # (hs/2,)
     angle = position[:, None, :, None] * frequency       # (B, 1, T, hs/2)
     angle = torch.cat((angle, angle), dim=-1)            # both halves of a head turn alike
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns queries or keys, (B, heads, T, hs), by their positions."""
+    """Turns queries or keys, (B, heads, T, hs), by their positions, in their own type."""
     x1, x2 = x.chunk(2, dim=-1)
     turned = torch.cat((-x2, x1), dim=-1)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 def attend(q, k, v, mask):
-    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs). mask: None is causal,
-    else additive, (..., nh/nkv T, S), since the heads of a key group are folded into the queries:
-    so the group reads every key once, and torch's masked kernels for CUDA know no groups."""
+    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs). mask: None is causal
+    (S = T), else additive, (..., nh/nkv * T, S)."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # The nh/nkv heads that share keys become one head with more queries: so every key is read once,
+    # and torch's masked kernels for CUDA know no groups.
     folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, nh/nkv T, hs)
     return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
 
 
 def linear(x, weight, bias=None):
-    """F.linear. Decoding in float32 on a CPU goes to oneDNN, to which torch sends bfloat16 alone:
-    for few tokens that takes two thirds of the time."""
-    decoding = not weight.requires_grad and not torch.compiler.is_compiling()
+    """F.linear, but decoding in float32 on a CPU by oneDNN, which torch uses for bfloat16 alone:
+    products of few tokens take two thirds of the time."""
+    decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # an LM's are frozen
     if decoding and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        no_activation = ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *no_activation)
     return F.linear(x, weight, bias)
 
 
@@ -83,7 +85,7 @@ class Linear(nn.Linear):
 
 
 class KVCache(nn.Module):
-    """One layer's keys and values of one answer: buffers that are written in place."""
+    """One layer's keys and values of one answer: buffers, which a compiled step writes in place."""
 
     def __init__(self, config, slots, dtype, device):
         super().__init__()
@@ -111,7 +113,7 @@ class Attention(nn.Module):
         self.cache = None
 
     def forward(self, x, cos, sin, mask, slot):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
         v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
@@ -134,7 +136,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -155,10 +157,11 @@ class GPT(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
             norm=nn.RMSNorm(config.n_embd, eps=config.norm_eps),
         ))
-        self.register_buffer("owner", None, persistent=False)  # (slots,): see cache_mask
+        # (slots,): see cache_mask. Written by decode.forward_pass, freed when a block ends.
+        self.register_buffer("owner", None, persistent=False)
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
@@ -167,14 +170,15 @@ class GPT(nn.Module):
 
     def initial_std(self, name, fan_in):
         if "embed_tokens" in name:
-            return 0.1  # five times GPT-2's: a small model must first tell tokens apart
-        std = fan_in ** -0.5  # unit variance stays unit variance
+            return 0.1  # five times GPT-2's: the small default model learns faster
+        std = fan_in ** -0.5  # keeps the variance of the input
         if "o_proj" in name or "down_proj" in name:  # what adds to the residual stream starts small
             std *= (2 * self.config.n_layer) ** -0.5
         return std
 
     def setup_cache(self, slots):
-        """Makes room for `slots` tokens of one answer, if there is not as much already."""
+        """A cache of at least so many slots, all shared, for one answer at a time. A larger one
+        stays: nobody sees the slots behind the last token."""
         weight = self.model.embed_tokens.weight
         if self.owner is None or len(self.owner) < slots:
             for layer in self.model.layers:
@@ -183,34 +187,33 @@ class GPT(nn.Module):
         self.owner.zero_()
 
     def forward(self, idx, position, mask=None, slot=None, pick=None):
-        """idx, position: (B, T). mask: bool, True = sees, (B, 1, T, T) or (T, S); None = causal.
-        slot: (T,), where the cache takes the keys and values; the first S slots are read; B = 1.
-        pick: flat indices of the tokens whose logits are wanted -> logits (len(pick), V), without
-        pick (B, T, V)."""
+        """idx, position: (B, T). mask: bool, True = sees, (B, 1, T, T); None = causal. With a cache
+        B = 1, slot (T,) says where it takes the keys and values, and mask (T, S) that the first S
+        slots are read. -> logits (B, T, V) or, of the tokens with the flat indices pick, (N, V)."""
         x = self.model.embed_tokens(idx)  # (B, T, C)
         cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
-        if mask is not None:  # additive, and folded as attend() wants it, once for all layers
+        if mask is not None:  # as attend() wants it, once for all layers
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
             mask = torch.cat([mask] * (self.config.n_head // self.config.n_kv_head), dim=-2)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)
         x = self.model.norm(x)
         if pick is not None:
-            x = x.flatten(0, 1)[pick]     # (len(pick), C)
+            x = x.flatten(0, 1)[pick]     # (N, C)
         head = self.model.embed_tokens if self.config.tied else self.lm_head
         return linear(x, head.weight)
 
     @torch.no_grad()
-    def grow(self, vocab_size, start):
-        """Gives embedding and head at least vocab_size rows. start: {id: ids of old tokens}; that
-        row starts at the mean of theirs."""
+    def grow(self, vocab_size, means):
+        """Gives embedding and head at least vocab_size rows. means: {new id: the ids whose mean its
+        rows start as}."""
         rows = self.config.vocab_size
         if vocab_size > rows:
             self.config.vocab_size = -(-vocab_size // 64) * 64  # a round number is faster
         for table in (self.model.embed_tokens, getattr(self, "lm_head", None)):
             if table is not None:
                 weight = F.pad(table.weight, (0, 0, 0, self.config.vocab_size - rows))
-                for new, old in start.items():
+                for new, old in means.items():
                     weight[new] = weight[old].mean(0)
                 table.weight = nn.Parameter(weight)
 
@@ -226,8 +229,8 @@ def check_device(device):
 
 
 def fast_dtype(device):
-    """"bfloat16" on a GPU and on CPUs with AVX-512, else "float32": other CPUs are a hundred times
-    slower in bfloat16."""
+    """The type to train in: "bfloat16" on a GPU and on CPUs with AVX-512, else "float32", since
+    other CPUs are a hundred times slower in bfloat16."""
     on_cpu = torch.device(device).type == "cpu"
     fast = not on_cpu or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "bfloat16" if fast else "float32"
@@ -246,21 +249,19 @@ def read_checkpoint(out_dir):
     off or of another format."""
     path = Path(out_dir, "ckpt.pt")
     check(path.exists(), f"no {path}: first run `python train.py --out-dir {out_dir}`")
-    try:
+    with naming(f"{path} is cut off or not of format {FORMAT}"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check(state["format"] == FORMAT, f"its format is {state['format']}")
-        return state
-    except Exception as e:  # torch.load raises many kinds
-        raise ValueError(f"{path} is cut off or not of format {FORMAT}: {e!r:.200}") from None
+    return state
 
 
 def from_checkpoint(state, where="checkpoint"):
     """The model of a checkpoint's dict. ValueError naming a setting or tensor that does not fit."""
     unknown = sorted(state["config"].keys() - vars(GPTConfig()))
     check(not unknown, f"{where} is no checkpoint of format {FORMAT}: unknown settings {unknown}")
-    with torch.device("meta"):
+    with naming(where), torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
-    load_weights(model, state["model"], where)
+        model.load_state_dict(state["model"], assign=True)
     return model
 
 
@@ -271,7 +272,7 @@ SUPPORTED = {  # settings that change the result: the values that are implemente
     "model_type": ("llama", "qwen2"), "auto_map": (None,), "hidden_act": ("silu",),
     "attention_bias": (None, False), "mlp_bias": (None, False), "num_local_experts": (None,),
     "use_sliding_window": (None, False), "quantization_config": (None,),
-    # how rotary positions are scaled, by its older and its newer name; and for one kind of layer
+    # Of rotary positions: their scaling, by its older and newer name; settings by kind of layer.
     "type": (None, "default"), "rope_type": (None, "default"), "full_attention": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
@@ -289,16 +290,19 @@ def from_published(path):
         unused.append("lm_head.weight")  # a copy of the embedding
     weights = read_weights(path)
     weights = {name: w for name, w in weights.items() if not name.endswith(tuple(unused))}
-    load_weights(model, weights, path)
+    with naming(path):
+        model.load_state_dict(weights, assign=True)
     return model
 
 
 def published_config(settings):
-    """What a config.json holds -> GPTConfig. Rotary positions have moved in it over the years."""
+    """What a config.json holds -> GPTConfig. Those of rotary positions stand at the top, in
+    rope_scaling or in rope_parameters, by the age of the file."""
     c = {}
-    for place in (settings, settings.get("rope_scaling"), settings.get("rope_parameters")):
-        c |= {name: value for name, value in (place or {}).items() if value is not None}
+    for part in (settings, settings.get("rope_scaling"), settings.get("rope_parameters")):
+        c |= {name: value for name, value in (part or {}).items() if value is not None}
         for name, values in SUPPORTED.items():
+            # checked after each part, for the next may hide a value
             check(c.get(name) in values, f"{name} = {c.get(name)!r} is not supported")
     layers = set(c.get("layer_types", []))
     check(layers <= {"full_attention"}, f"layer_types = {layers} is not supported")
@@ -315,7 +319,7 @@ def published_config(settings):
 
 
 def read_weights(path):
-    """{name: tensor} of a folder's *.safetensors; of those that its index names, if it has one."""
+    """{name: tensor} of a folder: of the files in its index or, without one, of *.safetensors."""
     index = Path(path, "model.safetensors.index.json")
     files = sorted(Path(path).glob("*.safetensors"))
     if index.exists():
@@ -333,8 +337,8 @@ def read_weights(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a file: 8 bytes header length, a JSON header, raw tensors. They are mapped,
-    not read, and changes stay in memory. ValueError naming the tensor whose entry does not fit."""
+    """{name: tensor} of a file: 8 bytes header length, a JSON header, raw tensors. It is mapped,
+    copy on write. ValueError naming the tensor whose entry does not fit."""
     data = map_file(path)
     tensors = {}
     with naming(f"{path}: header"):
@@ -353,12 +357,6 @@ def read_safetensors(path):
     return tensors
 
 
-def load_weights(model, weights, where):
-    """Gives a model its weights, {name: tensor}. ValueError naming the first that do not fit."""
-    with naming(where):
-        model.load_state_dict(weights, assign=True)
-
-
 def read_json(path):
     """A JSON file -> object. ValueError naming it where it is missing or not JSON."""
     data = map_file(path)
@@ -367,7 +365,7 @@ def read_json(path):
 
 
 def map_file(path):
-    """A file's bytes, mapped. ValueError where it is missing, empty, or but a Git LFS pointer."""
+    """A file's bytes, mapped. ValueError where it is missing, empty, or a mere Git LFS pointer."""
     with naming(path), open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     pointer = data[:23] == b"version https://git-lfs"

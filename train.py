@@ -3,10 +3,11 @@
     python train.py                                        # the built-in corpus, minutes on a CPU
     python train.py --mode serial --out-dir out-serial     # its serial twin: the same, untagged
     python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model
-    torchrun --nproc_per_node=8 train.py ...               # the same steps, split over 8 devices
+    torchrun --nproc_per_node=8 train.py ...               # 8 devices, a batch of every step each
 
 All that is special about ASPD happened in the layout; this is an ordinary training loop. Under
-torchrun every process keeps a part of the weights and computes a part of every step's batches.
+torchrun every process keeps a part of the weights and computes a part of a step's batches, so with
+one process and --accumulate 8 the last command's steps are the same.
 """
 import argparse
 import itertools
@@ -14,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -29,11 +31,13 @@ from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_toke
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published,
                    read_checkpoint, save_checkpoint)
 
-# What new tags start as, in the order of TAG_NAMES: words that answers do not have side by side.
-TAG_WORDS = " headline, headline closed, parallel, parallel closed, branch, branch closed"
+# A new tag starts as the mean of these words (in the order of TAG_NAMES), which should not be seen
+# side by side in answers: where they are likely, so is the tag, and where the tag is, they are.
+TAG_WORDS = (" headline", " headline closed", " parallel", " parallel closed", " branch",
+             " branch closed")
 RANK = int(os.environ.get("RANK", 0))         # torchrun starts processes 0, 1, ...
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and says how many
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # joins the parts of all
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # not one process's part
 FRESH = {"args": {}, "step": 0}  # the state of a run that resumes no other
 MAY_CHANGE = {"out_dir", "device", "compile", "resume", "save_every"}  # with --resume
 
@@ -67,7 +71,7 @@ def parse_args():
     add("--resume", action="store_true", help="go on from the checkpoint in out-dir")
     args = p.parse_args()
     state = read_checkpoint(args.out_dir) if args.resume else FRESH
-    p.set_defaults(**state["args"])
+    p.set_defaults(**state["args"])  # and once more: what is not given stays as it was
     args = complete(p.parse_args())
     for name, was in state["args"].items():
         value = getattr(args, name)
@@ -76,16 +80,16 @@ def parse_args():
 
 
 def complete(args):
-    """Checks the args, and fills in those that depend on others."""
+    """Checks the args, and fills in those that depend on others, but for steps."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             check(value > 0, f"--{name.replace('_', '-')} must be over 0, not {value}")
-    fair = args.accumulate % WORLD == 0
-    check(fair, f"--accumulate {args.accumulate} cannot be divided by {WORLD} processes")
+    check(args.accumulate % WORLD == 0,
+          f"--accumulate {args.accumulate} cannot be divided by {WORLD} processes")
     check_device(args.device)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
-    args.checksum_of_data = args.data and zlib.crc32(Path(args.data).read_bytes())
+    args.checksum_of_data = args.data and zlib.crc32(Path(args.data).read_bytes())  # for --resume
     return args
 
 
@@ -98,7 +102,7 @@ def prepare(args, state):
     if args.data:
         answers, held_out = split_held_out(list(read_records(args.data)))
     else:
-        answers = corpus(5000)
+        answers = corpus(3200)
         held_out = corpus(200, split="val")
 
     # 2) the model, split over the processes
@@ -108,17 +112,21 @@ def prepare(args, state):
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
         for part in [*model.model.layers, model]:
             fully_shard(part, mesh=mesh)
-    model.to(args.device)
+    model.to(args.device)  # only now: the whole model need not fit on one device
 
     # 3) rows
-    rows, _ = make_rows(answers, tokenizer, model.config, args.mode)
+    rows, metrics = make_rows(answers, tokenizer, model.config, args.mode)
     held_out, _ = make_rows(held_out, tokenizer, model.config, args.mode)
-    size = model.config.block_size
-    check(rows, f"{args.data}: none of {len(answers)} answers to train on fits {size} tokens")
+    check(rows, f"{args.data or 'the corpus'}: none of {len(answers)} answers to train on fits "
+                f"{model.config.block_size} tokens")
     answers_a_step = args.batch_size * args.accumulate
     args.steps = args.steps or math.ceil(2 * len(rows) / answers_a_step)
-    too_long = len(answers) - len(rows)
-    print(f"{len(rows)} answers, {too_long} too long; {args.steps} steps of {answers_a_step}")
+    figures = metrics.figures()
+    n_tokens = sum(len(row.token) for row in rows)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{len(rows)} answers, {len(answers) - len(rows)} too long; {n_tokens} tokens; "
+          f"{figures['PPD']:.0%} have a block, ideal speedup {figures['speedup']:.2f}\n"
+          f"{n_parameters / 1e6:.2f}M parameters; {args.steps} steps of {answers_a_step} answers")
     return model, tokenizer, rows, held_out
 
 
@@ -128,16 +136,20 @@ def make_model(args, state, answers):
         return from_checkpoint(state, args.out_dir), Tokenizer(**state["tokenizer"])
     if args.init_from:
         model = from_published(args.init_from).float()
-        tokenizer = published_tokenizer(args.init_from)
         model.config.block_size = min(args.block_size, model.config.block_size)
+        tokenizer = published_tokenizer(args.init_from)
         if args.mode == "aspd":
             tokenizer = tokenizer.add_tags()
-            words = map(tokenizer.encode, TAG_WORDS.split(","))
+            words = map(tokenizer.encode, TAG_WORDS)
             model.grow(tokenizer.vocab_size, dict(zip(tokenizer.tags, words)))
     else:
         tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in answers))
-        model = GPT(GPTConfig(args.block_size, tokenizer.vocab_size, args.n_layer, args.n_head,
-                              args.n_head, n_embd=64 * args.n_head, n_inner=176 * args.n_head))
+        if args.mode == "aspd":
+            tokenizer = tokenizer.add_tags()
+        model = GPT(GPTConfig(
+            block_size=args.block_size, vocab_size=tokenizer.vocab_size, n_layer=args.n_layer,
+            n_head=args.n_head, n_kv_head=args.n_head, n_embd=64 * args.n_head,
+            n_inner=176 * args.n_head))  # about 8/3 of n_embd, as in Llama
     model.config.positions = args.positions
     return model, tokenizer
 
@@ -147,10 +159,8 @@ def make_model(args, state, answers):
 def learning_rate(step, args):
     """A linear warm-up over 5% of the steps, then a cosine to zero."""
     warmup = 0.05 * args.steps
-    # 1) linear warm-up
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
-    # 2) cosine decay
     progress = (step - warmup) / (args.steps - warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -168,13 +178,17 @@ def count_targets(rows):
     return sum(int((row.target != IGNORE).sum()) for row in rows)
 
 
-def summed_loss(model, rows, args):
+def summed_loss(model, rows, args, branch_mask=True):
     """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T) or None
+    if not branch_mask:
+        mask = None  # causal
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
+    padding = (0, -len(pick) % 128)                           # few shapes, as in collate
+    target = F.pad(target.flatten()[pick], padding, value=IGNORE)
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        logits = model(idx, position, None if args.no_branch_mask else mask, pick=pick)  # (N, V)
-    return F.cross_entropy(logits.float(), target.flatten()[pick], reduction="sum")
+        logits = model(idx, position, mask, pick=F.pad(pick, padding))  # (N, V)
+    return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
 def train_step(model, step_batches, optimizer, args):
@@ -183,14 +197,14 @@ def train_step(model, step_batches, optimizer, args):
     targets = sum(map(count_targets, step_batches))
     total = torch.zeros((), device=args.device)
     for rows in step_batches[RANK::WORLD]:
-        loss = summed_loss(model, rows, args) / targets
+        loss = summed_loss(model, rows, args, not args.no_branch_mask) / targets
         (loss * WORLD).backward()  # fully_shard takes the mean over the processes
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if WORLD > 1:
         norm = norm.full_tensor()
         dist.all_reduce(total)
-    loss = (total + 0 * norm).item()  # NaN where the norm is not finite
+    loss = total.item() if norm.isfinite() else math.nan
     if math.isfinite(loss):
         optimizer.step()
     optimizer.zero_grad()
@@ -199,14 +213,15 @@ def train_step(model, step_batches, optimizer, args):
 
 @torch.no_grad()
 def held_out_loss(model, rows, tokenizer, args):
-    """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and a title
-    where it is first written."""
+    """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and of a title
+    only its first writing. Always under the branch mask, which decoding always has."""
     not_text = torch.tensor([tokenizer.eos, *(tokenizer.tags or ())])
-    plain = []
+    text_rows = []
     for row in rows:
         target = row.target.masked_fill(torch.isin(row.target, not_text), IGNORE)
-        plain.append(row._replace(target=target))
-    return sum(summed_loss(model, [row], args).item() for row in plain) / count_targets(plain)
+        text_rows.append(row._replace(target=target))
+    total = sum(summed_loss(model, [row], args).item() for row in text_rows)
+    return total / count_targets(text_rows)
 
 
 # ---- the loop ---------------------------------------------------------------
@@ -222,7 +237,7 @@ def save(model, optimizer, tokenizer, step, loss, args):
 
 def train(args, state):
     """The training loop. state: FRESH, or that of a checkpoint to go on from."""
-    # 1) everything in its place; a resumed run goes through the answers in the order it had begun
+    # 1) model, optimizer, and the order of the answers, which a resumed run goes on in
     model, tokenizer, rows, held_out = prepare(args, state)
     optimizer = make_optimizer(model, args.lr)
     if args.resume:
@@ -239,6 +254,8 @@ def train(args, state):
 
     # 3) the loop
     stop = False
+    tokens = 0
+    began = time.perf_counter()
     while step < args.steps and not stop:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -248,36 +265,41 @@ def train(args, state):
         check(math.isfinite(loss), f"loss is {loss} at step {step}, learning rate {lr:.1e}; "
                                    f"the last checkpoint is in {args.out_dir}")
         step += 1
+        tokens += sum(len(row.token) for batch in step_batches for row in batch)
         if step % 10 == 0 or step == args.steps:
-            print(f"step {step} of {args.steps}: loss {loss:.4f}, lr {lr:.1e}", flush=True)
-        stop = torch.tensor(len(signals), device=args.device)
+            speed = tokens / (time.perf_counter() - began)
+            print(f"step {step} of {args.steps}: loss {loss:.4f}, lr {lr:.1e}, "
+                  f"{speed:.0f} tokens/s", flush=True)
+        n_signals = torch.tensor(len(signals), device=args.device)
         if WORLD > 1:
-            dist.all_reduce(stop)  # a signal to one of the processes stops all, at the same step
+            dist.all_reduce(n_signals)  # one to any process stops all, at the same step
+        stop = bool(n_signals)
         if stop or step == args.steps or step % args.save_every == 0:
             save(model, optimizer, tokenizer, step, loss, args)
-    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}; saved.\n"
+    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}: "
+          f"{tokens} tokens in {time.perf_counter() - began:.0f} s; saved\n"
           f"Next: python decode.py --ckpt {args.out_dir} --prompt TEXT", flush=True)
 
-    # 4) evaluation, which Ctrl-C may break off
+    # 4) evaluation, which a signal may break off
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if held_out and not stop:
-        args.no_branch_mask = False  # decoding always has the mask
         loss = held_out_loss(model, held_out, tokenizer, args)
         print(f"held-out loss {loss:.4f} a plain token, over {len(held_out)} answers")
 
 
 def main():
     """The command line, in every process."""
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on "cuda"
     args, state = parse_args()
     if WORLD > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if RANK > 0:
-            sys.stdout = open(os.devnull, "w")  # one speaks
+            sys.stdout = open(os.devnull, "w")  # only process 0 prints
         dist.init_process_group()
     train(args, state)
     if WORLD > 1:
-        dist.barrier()  # nobody leaves while another still waits for an answer
+        dist.barrier()  # nobody leaves while another still waits for its messages
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # at once: gloo's threads live on, and abort when Python ends around them

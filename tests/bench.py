@@ -156,7 +156,7 @@ def get_lm(args, texts, dtype=None):
             tokenizer = tokenizer.add_tags()
             lm.model.grow(tokenizer.vocab_size, {})
         return LM(lm.model, tokenizer, args.compile)
-    tokenizer = make_tokenizer(args.tokenizer, iter(texts))
+    tokenizer = make_tokenizer(args.tokenizer, iter(texts)).add_tags()
     config = GPTConfig(**SHAPES[args.shape])
     config.vocab_size = max(config.vocab_size, tokenizer.vocab_size)
     with torch.device("meta"):  # 7B parameters never pass through the CPU

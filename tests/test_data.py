@@ -305,7 +305,7 @@ def test_batches_depend_on_the_seed_alone_and_miss_nothing():
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_less_than_a_tenth_of_what_is_fed_is_padding(size):
-    tokenizer = make_tokenizer("bpe", (r["response"] for r in corpus(100)))
+    tokenizer = make_tokenizer("bpe", (r["response"] for r in corpus(100))).add_tags()
     rows, _ = make_rows(corpus(640), tokenizer, GPTConfig())
     fed = 0
     for batch in itertools.islice(batches([len(r.token) for r in rows], size, 0), len(rows) // size):
@@ -352,7 +352,7 @@ def test_the_kinds_that_can_be_parallel_are_and_the_others_are_not():
 
 def test_its_parallel_kinds_promise_enough_steps_fewer():
     """2.4 times fewer are asked for, over all; on the answers that decoding is measured with."""
-    tokenizer = make_tokenizer("bpe", (r["response"] for r in CORPUS))
+    tokenizer = make_tokenizer("bpe", (r["response"] for r in CORPUS)).add_tags()
     tokens, steps = 0, 0
     for r in corpus(400, split="val"):
         if r["category"] in PARALLEL:

@@ -402,7 +402,7 @@ LEARNT = {
 def trained():
     """An LM in float64 that has learnt the answers above by heart, under the branch mask."""
     texts = [prompt + join(segments) for prompt, segments in LEARNT.items()]
-    tokenizer = make_tokenizer("bpe", texts)
+    tokenizer = make_tokenizer("bpe", texts).add_tags()
     torch.manual_seed(0)
     model = GPT(GPTConfig(1024, tokenizer.vocab_size, 2, 4, 2, 64, 128, head_size=16))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -817,7 +817,7 @@ def test_checkpoint_without_tags_decodes_serially_alone(mode):
 
 def test_prompt_that_is_too_long_is_named_in_one_line():
     """With its tokens and the context; nothing of it could steer a terminal."""
-    with pytest.raises(ValueError, match="tokens.*context of 64") as error:
+    with pytest.raises(ValueError, match="tokens.*context only 64") as error:
         generate(random_lm(block_size=64), "two\nlines \x1b[31m\r" * 20)
     assert all(character.isprintable() for character in str(error.value))
 

@@ -1,273 +1,208 @@
-"""
-What marks the exercises of README.md, beside the other files: properties of single functions, each held to slow code or
-to a table; then the marking itself: once a function is emptied, its command must fail.
-"""
+"""The exercises of tests/exercises.py, in copies of the code that are git repositories: every one
+empties its function and nothing else, fails its mark, and comes back."""
 import ast
-import math
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-import torch
 
-from aspd import branch_mask, branch_positions, layout, stats
-from data import GROUP_OVER, MAX_BRANCHES, MIN_SAVED, PATTERN, Tokenizer, group
-from decode import (AFTER_TITLE, BRANCH, LM, SERIAL, TEXT_ONLY, TITLE, TITLE_START, forward_pass, generate, grammar,
-                    sample)
-from helpers import TOKENIZER, tiny_model
-from model import KVCache
+from exercises import EXERCISES
 
 ROOT = Path(__file__).parent.parent
-TAGS = TOKENIZER.special
+NUMBERS = range(1, len(EXERCISES) + 1)
+OWN = ("GIT_", "PYTEST_")  # settings of whoever runs this
+ENV = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
+ENV |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1"}
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="the exercises need git")
 
 
-# -----------------------------------------------------------------------------
-# positions, steps, the cache, the grammar, sampling, the cost of a block
-
-def test_branch_positions_of_three_branches():
-    """Side by side, and on after their sum or the longest; or a stride apart, which the longest, wherever, must fit."""
-    for sizes in ([3, 9, 4], [9, 4, 3]):
-        assert branch_positions(10, sizes) == branch_positions(10, sizes, "aspd") == ([10, 10, 10], 26)
-        assert branch_positions(10, sizes, "longest") == ([10, 10, 10], 19)
-        assert branch_positions(10, sizes, "stride", 9) == ([10, 19, 28], 37)
-        with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
-            branch_positions(10, sizes, "stride", 8)
+def run(folder, *command):
+    return subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=300)
 
 
-def test_ideal_speedup_is_plain_tokens_over_steps():
-    """Titles and tags cost steps, but are not counted as tokens; that of an answer without tokens is 1."""
-    block = [([1, 2], [0] * 40), ([3], [0] * 50), ([4], [])]
-    s = stats([[5, 6], block])
-    assert (s.tokens, s.steps) == (96, 2 + 4 + 3 * 2 + 1 + 51 + 1)  # text, titles, tags, prefixes, the longest, </para>
-    assert s.speedup == 96 / 65 and stats([]).speedup == 1
-
-def test_cache_mask_shows_what_is_shared_and_the_branchs_own():
-    """A query at slot t sees slot k iff k <= t and owner[k] is 0 or its own branch, in whatever order."""
-    rng, cache = random.Random(0), KVCache(tiny_model().config, 40, torch.float32, "cpu")
-    for seen in (1, 17, 40):
-        owner = [rng.randrange(4) for _ in range(41)]
-        cache.owner[:] = torch.tensor(owner)
-        slot, branch = [rng.randrange(41) for _ in range(9)], [rng.randrange(-1, 4) for _ in range(9)]
-        mask = cache.mask(torch.tensor(slot), torch.tensor(branch), seen)
-        expected = [[k <= t and owner[k] in (0, b) for k in range(seen)] for t, b in zip(slot, branch)]
-        assert mask.dtype == torch.bool and mask.tolist() == expected
-        assert cache.owner.tolist() == owner, "asking changes nothing"
+def git(folder, *args):
+    done = run(folder, "git", "-c", "user.name=n", "-c", "user.email=e", *args)
+    assert done.returncode == 0, done.stderr
 
 
-def test_grammar_allows_exactly_what_each_state_may_write():
-    """State by state; ids that are no token (here 263 to 299) are allowed nowhere, nor are those of absent tags."""
-    untagged = Tokenizer(PATTERN, {bytes([b]): b + 3 for b in range(256)}, eos=1)  # text is 3 to 258
-    tokenizer, text = untagged.add_tags(), set(range(3, 259))
-    tags, eos = tokenizer.special, tokenizer.eos
-    allow = grammar(tokenizer, 300)
-    assert allow.dtype == torch.bool and allow.shape == (6, 300)
-    for state, expected in {
-        TEXT_ONLY: text | {eos}, SERIAL: text | {eos, tags.title}, TITLE_START: text, TITLE: text | {tags.title_end},
-        AFTER_TITLE: {tags.title, tags.para}, BRANCH: text | {eos, tags.branch_end},
-    }.items():
-        assert set(allow[state].nonzero().flatten().tolist()) == expected, f"state {state}"
-    allow = grammar(untagged, 300)
-    assert set(allow[TEXT_ONLY].nonzero().flatten().tolist()) == text | {eos}
-    assert not allow[:, [0, 2, *range(259, 300)]].any()
+def exercise(folder, *args):
+    return run(folder, sys.executable, "tests/exercises.py", *map(str, args))
 
 
-def shares(logits, temperature, top_k, top_p):
-    """How often each token should come: the top_k best, of these the fewest that together reach top_p."""
-    weights = {i: math.exp(x / temperature) for i, x in enumerate(logits)}
-    best = sorted(weights, key=weights.get, reverse=True)[:top_k or len(logits)]
-    total, kept, reached = sum(weights[i] for i in best), [], 0.0
-    for i in best:
-        if reached < top_p:
-            kept.append(i)
-            reached += weights[i] / total
-    total = sum(weights[i] for i in kept)
-    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+def refused(folder, *args):
+    """The line with which exercises.py refuses something."""
+    done = exercise(folder, *args)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == "" and line.startswith("error: ")
+    return line
 
 
-@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 99, 1.0),
-                                                     (1.0, 0, 0.6), (1.0, 0, 0.01), (1.5, 4, 0.8), (1.0, 1, 0.5)])
-def test_sampled_tokens_come_as_often_as_their_probabilities_say(temperature, top_k, top_p):
-    """u spread evenly over [0, 1): every token has its share of it. Rows do not depend on each other."""
-    logits, n = torch.tensor([0.3, -math.inf, 2.0, 1.1, -0.4, 1.6, -math.inf, 0.9]), 4000
-    u = (torch.arange(n) + 0.5) / n
-    rows = torch.cat([logits.expand(n, -1), logits.flip(0).expand(n, -1)])
-    chosen = sample(rows, u.repeat(2), temperature, top_k, top_p)
-    expected = torch.tensor(shares(logits.tolist(), temperature, top_k, top_p))
-    assert chosen.shape == (2 * n,)
-    assert (chosen[:n].bincount(minlength=8) / n - expected).abs().max() < 2 / n
-    assert torch.equal(chosen[n:], 7 - chosen[:n]), "tokens in another order, the same draw"
-
-
-def test_sampled_tokens_are_allowed_ones_at_both_ends():
-    """u = 0 and the largest float below 1, a large vocabulary of which the grammar forbids all but a few; greedy."""
-    torch.manual_seed(0)
-    logits = torch.randn(2, 50_000).masked_fill(torch.arange(50_000) % 7 > 0, -math.inf)
-    u = torch.tensor([0.0, 1 - 2**-24])
-    for sampling in ((1.0, 0, 1.0), (1.0, 0, 0.9), (1.0, 9000, 1.0)):
-        assert (sample(logits, u, *sampling) % 7 == 0).all()
-    assert torch.equal(sample(logits, u, 0, 5, 0.5), logits.argmax(-1))
-
-
-def test_group_chooses_the_size_that_saves_most_steps():
-    """
-    Counted by aspd.stats, a word for a token. A part a branch in lists of up to GROUP_OVER parts; in longer ones
-    neighbours may share, so that there are 4 to MAX_BRANCHES branches of equal size. 0 where under MIN_SAVED are saved.
-    """
-    rng, found = random.Random(0), []
-    for _ in range(600):
-        n, longest = rng.randint(2, 40), rng.choice((3, 9, 30))
-        words = [[f"w{k}" for k in range(rng.randint(4, 4 + longest))] for _ in range(n)]
-        titles = [" ".join(part[:rng.randint(1, 3)]) for part in words]
-
-        def saved(size):
-            branches = [sum(words[i:i + size], []) for i in range(0, n, size)]
-            names = [title.split() for title in titles[::size]]
-            s = stats([[(name, branch[len(name):]) for name, branch in zip(names, branches)]])
-            return s.tokens - s.steps
-
-        size = group([" ".join(part) + "\n" for part in words], titles)
-        best = max(saved(-(-n // count)) for count in (range(4, MAX_BRANCHES + 1) if n > GROUP_OVER else [n]))
-        if best < MIN_SAVED:
-            assert size == 0, f"saves {best}"
-        else:
-            assert size == 1 if n <= GROUP_OVER else 4 <= -(-n // size) <= MAX_BRANCHES
-            assert saved(size) >= best
-        found.append(size)
-    assert {0, 1, 2, 3} <= {*found} and found.count(0) > 20
-
-
-# -----------------------------------------------------------------------------
-# the engine, made to write what we want
-
-def steered(choose, **config):
-    """(LM, passes): a tiny model in place of whose choices stand choose(branch, position, state) -> token; passes
-    keeps what every pass fed, which slots it saw, and its logits."""
-    lm, passes = LM(tiny_model(block_size=1024, **config).double(), TOKENIZER), []
-
-    def step(model, cache, allow, uniform, feed, seen, lanes, sampling):
-        _, logits = forward_pass(model, cache, allow, uniform, feed, seen, lanes, sampling)
-        _, position, slot, branch, pick, state = feed
-        passes.append((feed, cache.mask(slot, branch, seen), logits))
-        pick = pick[:lanes]
-        return torch.tensor(list(map(choose, branch[pick].tolist(), position[pick].tolist(), state.tolist()))), logits
-
-    lm.step = step
-    return lm, passes
-
-
-TWO_BLOCKS = [[70], [([65], []), ([66, 67], [*range(9)]), ([68], [5])],  # tokenised: text, block, block, text
-              [([65, 66], [3] * 4), ([67], [4] * 7)], [71, 72]]
-
-
-@pytest.mark.parametrize("mode,scheme", [("adaptive", "aspd"), ("adaptive", "longest"), ("adaptive", "stride"),
-                                         ("branchwise", "aspd")])
-def test_engine_feeds_the_rows_of_the_layout(mode, scheme):
-    """
-    An engine that chooses the layout's targets feeds every row of the layout once, at its position; what a row sees,
-    and its logits, are those of one forward pass under the branch mask. Where there is no target, what is chosen
-    (here -100) is ignored.
-    """
-    row = layout(TOKENIZER.prompt("two tips"), TWO_BLOCKS, TAGS, scheme, 64)
-    index = {key: i for i, key in enumerate(zip(row.branch.tolist(), row.position.tolist()))}
-    lm, passes = steered(lambda branch, position, state: int(row.target[index[branch, position]]), positions=scheme,
-                         stride=64)
-    answer = generate(lm, "two tips", mode=mode, max_new_tokens=600)
-    assert answer.segments == TWO_BLOCKS and answer.finish == "stop"
-    mask = branch_mask(torch.tensor(row.block), torch.tensor(row.branch))
-    full = lm.model(torch.tensor(row.token)[None], torch.tensor(row.position)[None], mask)[0]
-    order = []  # the row that is in each slot
-    for feed, seen, logits in passes:
-        rows = [index[key] for key in zip(feed[3].tolist(), feed[1].tolist())]
-        order += rows
-        assert feed[0].tolist() == row.token[rows].tolist() and feed[2, -1] == len(order) - 1
-        assert torch.equal(seen, mask[rows][:, order]) and torch.equal(seen.sum(1), mask[rows].sum(1))
-        expected = full[rows][feed[4, :len(logits)]]
-        assert (logits - expected).abs().max() <= 1e-10 * expected.abs().max()
-    assert sorted(order) == list(range(len(row.token)))
-    assert mode == "branchwise" or answer.steps == stats(TWO_BLOCKS).steps
-
-
-@pytest.mark.parametrize("mode", ["adaptive", "branchwise"])
-@pytest.mark.parametrize("budget,scheme,quota", [(200, "aspd", 60), (202, "longest", 60), (203, "aspd", 61),
-                                                 (600, "stride", 61)])
-def test_what_is_left_is_divided_equally_among_the_branches(budget, scheme, quota, mode):
-    """
-    Three branches, of which the second stops by itself, with end-of-text, which leaves nothing to the others. Each may
-    write a third of the budget, less 11 tokens (titles, <|para|>, <|/para|>), 6 (prefixes) and 3 (<|/branch|>); and no
-    more than the stride holds. The text after the block takes what is left, to the last token.
-    """
-    prompt, text = TOKENIZER.prompt("two tips"), TAGS.eos if scheme == "stride" else 66
-
-    def choose(branch, position, state):
-        at = position - len(prompt)  # three titles of a token each are the serial tokens 0 to 8
-        return {TEXT_ONLY: text, SERIAL: TAGS.title if at < 0 else text, TITLE_START: 65 + at, TITLE: TAGS.title_end,
-                AFTER_TITLE: TAGS.title if at < 8 else TAGS.para, BRANCH: TAGS.eos if branch == 2 else 66}[state]
-
-    lm, passes = steered(choose, positions=scheme, stride=64)
-    answer = generate(lm, "two tips", mode=mode, max_new_tokens=budget, max_branches=3)
-    assert [len(rest) for _, rest in answer.segments[0]] == [quota, 0, quota]
-    assert answer.finish == "length"
-    assert scheme == "stride" or sum(feed.size(1) for feed, _, _ in passes) == len(prompt) + budget
-
-
-# -----------------------------------------------------------------------------
-# the exercises
-
-README = ROOT / "README.md"  # not in the copies below, so these tests do not copy themselves again
-EXERCISE = r'(?ms)^(\d+)\. \*\*`([\w.]+)`\*\* in `(\w+\.py)`.*?`python -m pytest -q -k "([\w ]+)"`'
-EXERCISES = re.findall(EXERCISE, README.read_text(encoding="utf-8")) if README.exists() else []
-
-
-def emptied(source, name):
-    """The source without the body of a function, or of a Class.method; its signature and docstring stay."""
-    tree = node = ast.parse(source)
-    for part in name.split("."):
-        node = next(child for child in node.body if getattr(child, "name", None) == part)
-    nothing = ast.parse("return None").body  # and not an error: a test must look at what the function gives
-    node.body = node.body[:ast.get_docstring(node) is not None] + nothing
-    return ast.unparse(tree)
-
-
-def test_readme_has_exercises_and_their_commands_name_tests():
-    """Numbered from 1, no function twice; every word of a -k is part of a test's name, but not of this or the next."""
-    files = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")]
-    names = re.findall(r"(?m)^def (test_\w+)", "\n".join(files))
-    assert [int(number) for number, *_ in EXERCISES] == list(range(1, len(EXERCISES) + 1)) and len(EXERCISES) >= 8
-    assert len({(name, file) for _, name, file, _ in EXERCISES}) == len(EXERCISES)
-    for *_, words in EXERCISES:
-        for word in words.split(" or "):
-            marks = [name for name in names if word in name]
-            assert marks and len(marks) <= 3 and not any("exercise" in name for name in marks), f"-k {word!r}: {marks}"
-
-
-def mark(folder, name, file, words):
-    """An exercise's command, run in a copy of the code and the tests where its function returns None."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy2(path, target)
-    (folder / file).write_text(emptied((ROOT / file).read_text(encoding="utf-8"), name), encoding="utf-8")
-    return subprocess.run([sys.executable, *"-m pytest -q -x -p no:cacheprovider -k".split(), words], cwd=folder,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+def mark(folder, n):
+    """Runs the command that marks exercise n -> [(outcome, test)], and what was printed."""
+    options = ["-rA", "-p", "no:cacheprovider"]  # a line for every test; nothing left behind
+    done = run(folder, sys.executable, "-m", "pytest", "-k", f"exercise_{n}", *options)
+    summary = done.stdout.split("short test summary info")[-1]
+    return re.findall(r"(?m)^([A-Z]+) \S*?::(\w+)", summary), done.stdout
 
 
 @pytest.fixture(scope="module")
-def marks(tmp_path_factory):
-    """{number: what mark() will give}, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {number: pool.submit(mark, tmp_path_factory.mktemp("copy"), *exercise) for number, *exercise in EXERCISES}
+def committed(tmp_path_factory):
+    """A repository of the code and its tests."""
+    folder = tmp_path_factory.mktemp("committed")
+    (folder / "tests").mkdir()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "all")
+    return folder
 
 
-@pytest.mark.parametrize("number,words", [(number, words) for number, _, _, words in EXERCISES], ids=[number for number, *_ in EXERCISES])
-def test_exercise_is_failed_by_an_empty_function(marks, number, words):
-    """The tests run, and one of those that its command names fails."""
-    done = marks[number].result()
-    failed = re.findall(r"(?m)^FAILED \S+::(\w+)", done.stdout)
-    assert done.returncode == 1 and len(failed) == 1, done.stdout[-2000:]
-    assert any(word in failed[0] for word in words.split(" or "))
+@pytest.fixture
+def repository(committed, tmp_path):
+    """A clone of it."""
+    git(tmp_path, "clone", "-q", committed, "clone")
+    return tmp_path / "clone"
+
+
+class Tried(NamedTuple):
+    """What came of an exercise: before, while it was empty, and after --solution."""
+    before: dict     # {path: bytes}
+    task: str        # as printed
+    emptied: dict
+    failed: tuple    # the mark: [(outcome, test)], and what was printed
+    comparison: str  # as printed
+    after: dict
+    passed: tuple    # the mark
+
+
+def contents(folder):
+    """{path: bytes} of all code."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.py")}
+
+
+def try_exercise(folder, committed, n):
+    git(folder, "clone", "-q", committed, f"clone{n}")
+    folder /= f"clone{n}"
+    before = contents(folder)
+    task = exercise(folder, n).stdout
+    emptied = contents(folder)
+    failed = mark(folder, n)
+    comparison = exercise(folder, n, "--solution").stdout
+    return Tried(before, task, emptied, failed, comparison, contents(folder), mark(folder, n))
+
+
+@pytest.fixture(scope="module")
+def tried(committed, tmp_path_factory):
+    """{n: what will have come of exercise n}, two at a time."""
+    folder = tmp_path_factory.mktemp("clones")
+    pool = ThreadPoolExecutor(2)
+    yield {n: pool.submit(try_exercise, folder, committed, n) for n in NUMBERS}
+    pool.shutdown(cancel_futures=True)
+
+
+# ---- every exercise ---------------------------------------------------------
+
+def test_marks_are_tests_and_no_function_comes_twice():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    tests = re.findall(r"(?m)^def (test_\w+)", "\n".join(sources))
+    for _, _, hints, marks in EXERCISES:
+        assert marks and all(tests.count(test) == 1 for test in marks), marks
+        assert 2 <= len(hints.strip().splitlines()) <= 6
+    assert len({each.name for each in EXERCISES}) == len(EXERCISES) >= 10
+
+
+def without_body(source, name):
+    """A file's bytes with `return None` for what a function has below its docstring."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", "") == part)
+    assert ast.get_docstring(node) and len(node.body) > 1
+    lines = source.splitlines(keepends=True)
+    body = slice(node.body[0].end_lineno, node.end_lineno)
+    lines[body] = [b" " * node.body[0].col_offset + b"return None\n"]
+    return b"".join(lines)
+
+
+@pytest.mark.parametrize("n", NUMBERS)
+def test_an_emptied_function_fails_its_mark_and_its_solution_passes(tried, n):
+    """All of its body goes, and nothing else. Then a test of those that mark it fails, and
+    nothing before. --solution gives every byte back, and all of them pass, no others being run."""
+    name, line, _, marks = EXERCISES[n - 1]
+    result = tried[n].result()
+    module, function = name.split(".", 1)
+    path = f"{module}.py"
+    source = without_body(result.before[path], function)
+    assert result.emptied == result.before | {path: source}
+    assert line in result.task and f" python -m pytest -k exercise_{n}\n" in result.task
+    assert result.comparison.startswith("--- yours\n+++ solution\n")
+    assert result.after == result.before
+    outcomes, report = result.failed
+    assert outcomes[-1] == ("FAILED", outcomes[-1][1]) and outcomes[-1][1] in marks, report[-3000:]
+    assert "1 failed" in report.splitlines()[-1] and "error" not in report.splitlines()[-1]
+    outcomes, report = result.passed
+    assert set(outcomes) == {("PASSED", test) for test in marks}, report[-3000:]
+
+
+def test_a_mark_may_be_called_by_two_digits(committed):
+    _, report = mark(committed, "01")
+    assert all(f"PASSED tests/test_layout.py::{test}" in report for test in EXERCISES[0].marks)
+
+
+# ---- what is refused, and what is kept --------------------------------------
+
+def test_all_are_listed(repository):
+    done = exercise(repository)
+    assert done.returncode == 0
+    assert all(each.line in done.stdout for each in EXERCISES)
+    assert done.stdout.count("Judge: ") == 7
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_uncommitted_changes_are_refused(repository):
+    """In its file alone, staged or not; also those of another exercise."""
+    assert exercise(repository, 2).returncode == 0
+    emptied = contents(repository)
+    assert "aspd.py has uncommitted changes" in refused(repository, 1)
+    git(repository, "add", "aspd.py")
+    assert "aspd.py has uncommitted changes" in refused(repository, 1)
+    assert contents(repository) == emptied
+    assert exercise(repository, 4).returncode == 0, "of another file"
+
+
+def test_other_edits_survive_the_solution(repository):
+    """Whatever was written in the function's place, which need not be Python, nor end as it did."""
+    exercise(repository, 5)
+    path = repository / "decode.py"
+    source = path.read_text(encoding="utf-8").replace("left: int", "left: int  # my remark")
+    attempt = "        rest = (\n# no indentation\n\n        if rest:\n\n    def helper(self):"
+    other = source.replace("        return None\n", attempt + "\n        pass\n")
+    path.write_bytes(other.encode())
+    assert exercise(repository, 5, "--solution").returncode == 0
+    committed = (ROOT / "decode.py").read_text(encoding="utf-8")
+    last = "// len(block)\n"
+    expected = committed.replace("left: int", "left: int  # my remark")
+    expected = expected.replace(last, last + "\n    def helper(self):\n        pass\n")
+    assert path.read_text(encoding="utf-8") == expected
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(repository):
+    for number in (0, len(EXERCISES) + 1, -1, "x", ""):
+        assert f"1 to {len(EXERCISES)}" in refused(repository, number)
+    assert "which one" in refused(repository, "--solution")
+    exercise(repository, 1)
+    git(repository, "commit", "-qam", "emptied")
+    assert "is empty in the last commit" in refused(repository, 1)
+    path = repository / "aspd.py"
+    path.write_text(path.read_text().replace("def branch_mask", "def mask"))
+    assert "branch_mask is not there" in refused(repository, 1, "--solution")
+    shutil.rmtree(repository / ".git")
+    assert "not a git repository" in refused(repository, 4)

@@ -353,10 +353,12 @@ def test_vocabulary_is_learnt_from_any_text():
 
 
 def test_tokenizer_is_made_by_name(tmp_path):
-    """Learnt from texts, or of a folder; with tags, in ids of their own. Another name is an error."""
+    """Learnt from texts, or of a folder; tags get ids of their own. Another name is an error."""
     learnt = make_tokenizer("bpe", iter(["a list of a list"] * 9))
     published = make_tokenizer(str(write_tokenizer(tmp_path, added=["<tool_call>"])), [])
     for tokenizer in (learnt, published):
+        assert tokenizer.tags is None
+        tokenizer = tokenizer.add_tags()
         assert len(set(tokenizer.tags)) == 6 and max(tokenizer.tags) == tokenizer.vocab_size - 1
         assert not {*tokenizer.tags} & {*tokenizer.bytes, *tokenizer.stop, *tokenizer.settings["taken"]}
     with pytest.raises(ValueError, match="no-such-name"):
