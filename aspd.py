@@ -16,10 +16,10 @@ and then all its branches side by side (line breaks only for reading):
     serial        everything else: text, the titles before a block, <|para|>, <|/para|>      3.1
     layout        the training sequence: tokens, positions and targets                       3.2
     branch_mask   the branch-invisible mask                                                  3.2
-    positions     "aspd" is the paper's Seq, "longest" its Max                               3.3
+    positions     after a block: on by the sum ("aspd", Seq) or the longest ("longest", Max) 3.3
     cache_mask    branch_mask again, for the hybrid engine's one KV cache                    3.4
     Stats         tokens and passes of one answer                                            4.1
-    Metrics       PPD, ABN, APD and APE of many                                              4.1
+    Metrics       of many: PPD, ABN, APD, APE (see Metrics.figures)                          4.1
 
 `python aspd.py` prints the row of such an answer, and who sees whom.
 """
@@ -33,8 +33,8 @@ import torch
 # For reading only: a tokenizer has six ids for them, which no text ever becomes.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
 POSITIONS = ("aspd", "longest")
-MAX_BRANCHES = 16  # branches of a block at most: tokens fed in one parallel step
-BRANCH_TAGS = 2    # row tokens of a branch beside its own: <|branch|> and <|/branch|>
+MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
+BRANCH_TAGS = 2    # <|branch|> and <|/branch|>, which count in the row as the branch's tokens do
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
 
@@ -53,7 +53,7 @@ def naming(where):
         reason = " ".join(str(e).split())
         if isinstance(e, KeyError):  # str() gives nothing but the key
             reason = f"no {e}"
-        place = "" if reason.startswith(str(where)) else f"{where}: "  # an inner one has named it
+        place = "" if reason.startswith(str(where)) else f"{where}: "  # not twice, where they nest
         raise ValueError(f"{place}{reason:.300}") from None
 
 
@@ -66,7 +66,7 @@ class Branch(NamedTuple):
 
 
 class Block(list):
-    """Two or more Branches that do not need each other. (Serial ids are a list, too.)"""
+    """Two or more Branches that do not need each other. Test for it: serial ids are a list, too."""
 
 
 Tags = namedtuple("Tags", "title title_end para para_end branch branch_end")  # ids of TAG_NAMES
@@ -95,7 +95,7 @@ def plain(segments):
 
 def tokenize(segments, encode):
     """Segments of text -> of ids. encode: str -> list. Every piece is encoded apart, so that
-    training sees exactly the tokens that decoding feeds: it repeats a title as a prefix."""
+    training sees exactly the tokens that decoding feeds: a branch repeats those of its title."""
     ids = []
     for segment in segments:
         if isinstance(segment, Block):
@@ -120,10 +120,10 @@ class Row(NamedTuple):
 def layout(prompt, segments, eos, tags=None, positions="aspd"):
     """Lays an answer out behind its prompt (sections 3.2 and 3.3) -> Row.
 
-    A token is chosen, by the model, or forced, fed by the engine unasked. Only chosen ones are
-    targets. prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row.
-    tags: a Tags, needed for blocks. positions: how the serial stream goes on after a block, one of
-    POSITIONS; ValueError for another.
+    A token is chosen, by the model, or forced: fed by the engine without asking it, as the prompt,
+    <|branch|>, repeated titles and <|/para|> are. Only chosen ones are targets.
+    prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row. tags: a
+    Tags, needed for blocks. positions: one of POSITIONS; ValueError for another.
     """
     check(positions in POSITIONS, f"unknown position scheme {positions!r}, not one of {POSITIONS}")
     token, block, branch, position, chosen = [], [], [], [], []
@@ -145,7 +145,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
             at = add(segment, at, True)
             continue
         for number, (title, _) in enumerate(segment, start=1):
-            at = add([tags.title], at, number != 2)  # Engine.block forces a second one
+            at = add([tags.title], at, number != 2)  # no choice: a block has at least two branches
             at = add(title + [tags.title_end], at, True)
         at = add([tags.para], at, True)
         n_blocks += 1
@@ -157,7 +157,8 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
         at = add([tags.para_end], at, False)
 
     # A chosen token is the target of the one before it in the row. That one is of its own stream,
-    # for every stream (the answer, a branch, what follows a block) begins with a forced token.
+    # for every stream (the answer, a branch, what follows a block) begins with a forced token: what
+    # stands behind a <|/branch|> is a forced <|branch|> or <|/para|>, and so no target.
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
     return Row(*map(torch.tensor, (token, block, branch, position, target)))
@@ -179,7 +180,7 @@ def branch_mask(block, branch):
     # Serial tokens count as one block, 0, with one branch, 0: they see each other.
     same_block = block[..., :, None] == block[..., None, :]
     same_branch = branch[..., :, None] == branch[..., None, :]
-    return (same_branch | ~same_block).tril()
+    return (same_branch | ~same_block).tril()  # not: same block, and another branch
 
 
 def cache_mask(slot, branch, owner):
@@ -199,13 +200,13 @@ class Stats:
     """One answer in figures. Tags never count as tokens."""
     tokens: int = 0         # of the plain answer
     steps: int = 0          # forward passes after the prompt
-    branch_tokens: int = 0  # plain tokens inside branches, titles included
+    branch_tokens: int = 0  # plain tokens inside branches, titles included (once)
     title_tokens: int = 0
     branches: tuple = ()    # how many, of each block
 
     @property
     def speedup(self):
-        """Over one token a pass, were a wide pass as fast as a narrow one."""
+        """The ideal one: tokens a pass, as if a wide pass took no longer than a narrow one."""
         return self.tokens / self.steps if self.steps else 1.0
 
 
@@ -220,7 +221,7 @@ def stats(segments):
         rests = sum(len(rest) for _, rest in segment)
         longest = max(len(rest) for _, rest in segment)
         s.steps += titles + 2 * len(segment)  # serial: every title, between its tags
-        s.steps += 1                          # <|para|> with all prefixes: <|branch|> and title
+        s.steps += 1                          # <|para|> and all prefixes, <|branch|> + title
         s.steps += longest + 1                # side by side, to the <|/branch|> of the longest
         s.steps += 1                          # <|/para|>
         s.branch_tokens += titles + rests
@@ -251,10 +252,10 @@ class Metrics:
         parallel = max(self.sum["parallel"], 1)
         return {
             "answers": self.sum["answers"],
-            "PPD": self.sum["parallel"] / answers,                     # answers that have a block
+            "PPD": self.sum["parallel"] / answers,  # share of the answers that have a block
             "ABN": self.sum["branches"] / max(self.sum["blocks"], 1),  # branches of a block
-            "APD": self.sum["APD"] / parallel,  # tokens inside branches, of an answer with a block
-            "APE": self.sum["APE"] / parallel,  # tokens outside titles, of those inside branches
+            "APD": self.sum["APD"] / parallel,  # of such an answer, the share inside branches
+            "APE": self.sum["APE"] / parallel,  # of its branches, the share that is not title
             "speedup": self.sum["speedup"] / answers,
             "best": self.best,
         }

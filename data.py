@@ -121,7 +121,7 @@ def read_mark(line, below, above, letters):
         if rank == LIST:
             rank += depth
         if rank < LIST and re.match(CONCLUSION, bare(line)):
-            return Mark("conclusion", rank - 0.5)  # further out, so that it ends its siblings' run
+            return Mark("conclusion", rank - 0.5)  # further out, so that it ends a run of its rank
         script = script_of(m[2], letters) if level == "number" else ""
         return Mark(level, rank, (level, rank, m[1] + script), int(m[2]) if script == "1" else 0)
     return Mark("paragraph", LIST + depth) if above in ("blank", "opaque") else Mark("text")
@@ -156,7 +156,7 @@ class Run:
     """Siblings: the lines where they start, and the line behind the last one."""
     starts: list
     end: int
-    allowed: int  # paragraphs that a part may hold
+    allowed: int  # paragraphs that a part may hold: as many as one before it held
 
 
 def find_runs(lines, marks, stretch, kind):
@@ -174,7 +174,8 @@ def find_runs(lines, marks, stretch, kind):
         held = [k for k in range(i + 1, run.end)
                 if marks[k].level == "paragraph" and marks[k].rank <= max(rank, LIST)]
         # A conclusion, or a paragraph more than the parts before held, is no longer the part's: the
-        # answer goes on. Below a heading it may be, unless the part is the last.
+        # answer goes on. ("- a / - b / And so on." ends a list.) Below a heading it may still be,
+        # if another heading follows.
         beyond = [k for n, k in enumerate(held)
                   if n >= run.allowed or re.match(CONCLUSION, bare(lines[k]))]
         is_last = run.end < following or following == stretch.stop
@@ -190,7 +191,7 @@ def find_runs(lines, marks, stretch, kind):
 LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
 LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
 TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
-GROUP_OVER = 10  # a run of more parts (at most aspd.MAX_BRANCHES) puts neighbours into one branch
+GROUP_OVER = 10  # a run of more parts puts neighbours into one branch; at most MAX_BRANCHES
 MIN_SAVED = 6    # tokens; a smaller gain is not worth it
 
 
@@ -198,7 +199,7 @@ def make_titles(parts):
     """A title for each part: its label if short, else the fewest words that are its own."""
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # words and characters for decode.TITLE_CAP tokens
+        line = part[:80].split("\n")[0].rstrip()  # 80 characters, 16 words: for decode.TITLE_CAP
         after_marker = len(line) - len(bare(line))
         words = list(TOKEN_LIKE.finditer(line, after_marker))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
@@ -249,14 +250,14 @@ class Siblings(NamedTuple):
         return any(re.search(pattern, bare(part)) for part in self.parts)
 
     def taken_up(self, brings, takes):
-        """How many things does one part bring in and a later one take up? Things that a title, the
-        text above or the prompt names do not count. brings, takes: patterns that find them."""
+        """How many things does one part bring in and a later one take up, once for every such part?
+        What a title, the text above or the prompt names does not count. brings, takes: patterns."""
         known = set(map(stem, re.findall(TERM, " ".join(self.titles))))
         n = 0
         brought = set()
         for part, title in zip(self.parts, self.titles):
             own = set(map(stem, re.findall(brings, part)))
-            taken = set(map(stem, re.findall(takes, part[len(title):]))) & brought - known
+            taken = set(map(stem, re.findall(takes, part[len(title):]))) & (brought - known)
             if brings != takes:
                 taken -= own  # "a fox ... the fox" in one part
             n += sum(self.first_said.get(word, -1) >= self.start for word in taken)
@@ -264,34 +265,35 @@ class Siblings(NamedTuple):
         return n
 
 
-# A rule is true of a run that must not become a block. Its docstring is the reason that is printed.
+# A rule is true of siblings that must not become a block; its docstring is the reason it gives.
 
-def saves_nothing(run):
+def saves_nothing(siblings):
     """saves no steps"""
-    rests = [len(TOKEN_LIKE.findall(rest)) for _, rest in run.block]
+    rests = [len(TOKEN_LIKE.findall(rest)) for _, rest in siblings.block]
     # As in aspd.stats: the longest rest is waited for, and two tags a title and three more.
     return sum(rests) - max(rests) - 2 * len(rests) - 3 < MIN_SAVED
 
 
-def repeats_a_title(run):
+def repeats_a_title(siblings):
     """titles are not distinct"""
-    return len({bare(title).strip(" *:_").lower() for title in run.titles}) < len(run.titles)
+    distinct = {bare(title).strip(" *:_").lower() for title in siblings.titles}
+    return len(distinct) < len(siblings.titles)
 
 
-def skips_a_number(run):
+def skips_a_number(siblings):
     """its numbers skip one that a line inside a part starts with"""
-    openings = [re.match(r"\W*(\d{1,9})", part) for part in run.parts]
+    openings = [re.match(r"\W*(\d{1,9})", part) for part in siblings.parts]
     numbers = [int(m[1]) if m else 0 for m in openings]
-    for part, low, high in zip(run.parts, numbers, numbers[1:]):
+    for part, low, high in zip(siblings.parts, numbers, numbers[1:]):
         inside = map(int, re.findall(r"\n[^\w\n]*(\d{1,9})", part))
         if low > 0 and any(low < number < high for number in inside):
             return True
     return False
 
 
-def concludes(run):
+def concludes(siblings):
     """works on what its siblings say"""
-    return re.match(CONCLUSION, bare(run.parts[-1]))
+    return re.match(CONCLUSION, bare(siblings.parts[-1]))
 
 
 PERFORMED = (  # "Verse 2", "FADE OUT" on a line; "Ann (smiling):", "Ann: (whispering)"
@@ -299,18 +301,18 @@ PERFORMED = (  # "Verse 2", "FADE OUT" on a line; "Ann (smiling):", "Ann: (whisp
     r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))")
 
 
-def is_performed(run):
+def is_performed(siblings):
     """is a song or a play"""
-    return run.say(PERFORMED)
+    return siblings.say(PERFORMED)
 
 
 GOES_ON = (r"\A(?:(?:However|Thus|As a result|Then|Meanwhile|Now|If (?:yes|no|so))\b|(?:Next|Also),"
            r"|然后|接着|因此|所以|但是)")
 
 
-def goes_on(run):
+def goes_on(siblings):
     """goes on from a sibling"""
-    return run.say(GOES_ON)
+    return siblings.say(GOES_ON)
 
 
 POINTS = (  # "Repeat this process", "as said above", "from step 2", "the previous section"
@@ -319,18 +321,18 @@ POINTS = (  # "Repeat this process", "as said above", "from step 2", "the previo
     r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
 
 
-def points_at_sibling(run):
+def points_at_sibling(siblings):
     """points at a sibling"""
-    return run.say(POINTS)
+    return siblings.say(POINTS)
 
 
 VALUE = r"\d[\d,.]*\d"
 RESULT = rf"[=≈][^\w\n]{{0,6}}({VALUE})(?!\S{{0,9}} *[-+*/])"  # "= 42", not "= 42 + 1"
 
 
-def uses_sibling_value(run):
+def uses_sibling_value(siblings):
     """uses a value worked out in a sibling"""
-    return run.taken_up(RESULT, VALUE) > 0
+    return siblings.taken_up(RESULT, VALUE) > 0
 
 
 IDENTIFIER = (  # user_name, jobStart, JobStartTime, "#day-list", "'Wedding'"
@@ -338,9 +340,9 @@ IDENTIFIER = (  # user_name, jobStart, JobStartTime, "#day-list", "'Wedding'"
     r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])")
 
 
-def uses_sibling_name(run):
+def uses_sibling_name(siblings):
     """uses a name of a sibling"""
-    return run.taken_up(IDENTIFIER, IDENTIFIER) > 0
+    return siblings.taken_up(IDENTIFIER, IDENTIFIER) > 0
 
 
 NOUN = (  # after up to two words, and before what is not part of its phrase: "old grey fox jumps"
@@ -351,19 +353,19 @@ THE_THING = rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))"          # "the hole.", not "
 SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}) who\b"  # "a captain who"
 
 
-def takes_up_things(run):
+def takes_up_things(siblings):
     """takes up things of a sibling"""
-    things = run.taken_up(A_THING, THE_THING)  # one may be chance
-    return things > 1 or run.taken_up(SOMEBODY, THE_THING) > 0
+    things = siblings.taken_up(A_THING, THE_THING)  # one may be chance
+    return things > 1 or siblings.taken_up(SOMEBODY, THE_THING) > 0
 
 
 EPISODE = r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"
 PERSON = r"(?<=[a-z,] )[A-Z][a-z]{3,}"
 
 
-def tells_on(run):
+def tells_on(siblings):
     """goes on with a sibling's story"""
-    return re.match(EPISODE, run.titles[0]) and run.taken_up(PERSON, PERSON) > 3
+    return re.match(EPISODE, siblings.titles[0]) and siblings.taken_up(PERSON, PERSON) > 3
 
 
 RULES = [saves_nothing, repeats_a_title, skips_a_number, concludes, is_performed, goes_on,
@@ -393,7 +395,7 @@ def extract(text, prompt=""):
         runs = find_runs(lines, marks, stretch, kind)
         for i in stretch:
             if marks[i].kind == kind:
-                marks[i] = Mark("done", kind[1])  # whatever becomes of it, so that this ends
+                marks[i] = Mark("done", kind[1])  # so that this ends; its rank still ends runs
         behind = stretch.start  # the line behind the last run
         for run in runs:
             stretches.append(range(behind, run.starts[0]))
@@ -425,7 +427,7 @@ def split_held_out(records):
     """-> (train, held out): the answers to 2% of the prompts, the same in every run. At least one
     prompt is held out where there are two, none where there is one."""
     prompts = {r["prompt"] for r in records}
-    shuffled = sorted(prompts, key=lambda prompt: zlib.crc32(repr(prompt).encode()))
+    shuffled = sorted(prompts, key=lambda prompt: (zlib.crc32(repr(prompt).encode()), prompt))
     held = set(shuffled[:max(len(prompts) // 50, 1)] if len(prompts) > 1 else ())
     train = [r for r in records if r["prompt"] not in held]
     return train, [r for r in records if r["prompt"] in held]
@@ -492,10 +494,8 @@ ASSISTANTS = {"assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"}
 
 def parse_json(text, where):
     """UTF-8 bytes -> object. ValueError with the place for anything else."""
-    try:
+    with naming(f"{where}: not JSON (JSON Lines has one object a line)"):
         return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not JSON: {e} (JSON Lines has one object a line)") from None
 
 
 def read_objects(path):
@@ -850,7 +850,7 @@ def main():
     metrics = defaultdict(Metrics)
     refused = Counter()
     records = itertools.chain(first, records)
-    write_whole(args.out or os.devnull,
+    write_whole(args.out or os.devnull,  # without --out, too: this is what shows and counts
                 extract_all(records, tokenizer, args.show, metrics, refused))
 
     print("\ncategory         answers    PPD    ABN    APD    APE  speedup   best")
@@ -873,7 +873,7 @@ DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in VISIBLE]
 TO_BYTE = {chr(b): b for b in VISIBLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
-CHATML = {  # SHA-256 of the chat templates that are known -> the system text that they default to
+CHATML = {  # SHA-256 (its start) of the known chat templates -> the system text they default to
     "872be49dbb638044": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "793202280c0910ab": "You are a helpful assistant.",  # Qwen2
     "44d5f08f3f72b837": "You are a helpful assistant.",  # Qwen2.5

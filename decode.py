@@ -31,10 +31,6 @@ MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
 FEW = 64        # candidates for a small top-k; a larger one sorts the whole vocabulary, slowly
-COMPILE = {  # on CUDA what mode="reduce-overhead" does; on a CPU oneDNN packs the weights once
-    "cuda": {"triton.cudagraphs": True},
-    "cpu": {"freezing": True, "cpp.enable_concat_linear": True},
-}
 SETTINGS = ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
             "max_branches")  # of the command line, handed to generate()
 
@@ -90,7 +86,7 @@ def sampling_tensors(temperature, top_k, top_p, vocab_size, device):
 
 
 def forward_pass(model, allow, fed, choose, u, sampling, seen):
-    """The step of all modes -> (tokens chosen (L,), their logits (L, V), for tests and bench).
+    """The step of all modes -> (tokens chosen (L,), their logits (L, V), which tests look at).
 
     fed: (4, W) int64: token, position, branch and slot of the W tokens fed; the slots become the
     branches'. choose: (2, L) int64: after which L of them to choose a token, and in which state.
@@ -120,11 +116,14 @@ class LM:
         self.step = forward_pass   # tests put theirs in its place
         self.compiled_step = None  # for passes that choose after every token: static shapes
         if compile:
-            check(self.device.type in COMPILE, f"--compile: not built for {self.device.type}")
             torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
             torch._dynamo.mark_static_address(self.allow)  # CUDA graphs need not copy it
+            if self.device.type == "cpu":  # oneDNN packs the frozen weights, once for every width
+                torch._inductor.config.freezing = True
+                torch._inductor.config.cpp.enable_concat_linear = True  # q, k and v in one product
+            mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
             self.compiled_step = torch.compile(
-                forward_pass, fullgraph=True, dynamic=False, options=COMPILE[self.device.type])
+                forward_pass, fullgraph=True, dynamic=False, mode=mode)
 
 
 def load(path="out", device="cpu", dtype=None, compile=False):
@@ -158,7 +157,7 @@ class Answer:
     seconds: float  # wall-clock, prefill included
     ttft: float     # seconds to the first token
     blocks: list    # of each block, how many tokens each branch has, tags aside
-    finish: str     # "stop", or "length" when the budget or the context cut anything but a title
+    finish: str     # "stop", or "length": the budget or the context cut text, a branch or a block
     segments: list  # ids and Blocks of ids
 
 
@@ -176,7 +175,7 @@ class Budget:
         titles = sum(len(title) for title, _ in block) + new * TITLE_CAP
         needed = new * (1 + TITLE_CAP + 1)  # the new titles, between their tags
         needed += 1 + 1                     # <|para|> and <|/para|>
-        needed += titles + branches * (MIN_BRANCH + BRANCH_TAGS)
+        needed += titles + branches * (MIN_BRANCH + BRANCH_TAGS)  # titles again, as prefixes
         return branches <= self.max_branches and needed <= self.left
 
     def quota(self, block):
@@ -192,7 +191,7 @@ class Lane:
     number: int     # 1, 2, ... within its block
     branch: Branch  # title and rest so far; its lists grow in place
     position: int   # of the next token
-    token: int      # the next token, chosen but not yet fed
+    token: int = -1  # the next token, chosen but not yet fed
 
 
 class Engine:
@@ -226,11 +225,11 @@ class Engine:
         self.steps += 1
         step = lm.step
         seen = self.slot
-        if lm.compiled_step and len(pick) == n:  # all but prefill and prefixes
+        if lm.compiled_step and len(pick) == n:  # a token a stream: not for prefill and prefixes
             step = lm.compiled_step
             seen = len(lm.model.owner)  # a static shape, as is the width
             padding = power_of_two(n) - n
-            fed += [(0, 0, -1, seen - 1)] * padding  # in the last slot, behind what anybody sees
+            fed += [(0, 0, -1, seen - 1)] * padding  # all in the last slot, which nobody sees
             u += [0.0] * padding
             pick = range(n + padding)
         choose = [(i, state) for i in pick]
@@ -272,7 +271,7 @@ class Engine:
         block = Block()
         self.segments.append(block)
         token = self.tags.title
-        # The second title is forced: see layout().
+        # The second title is forced, whatever the model chooses: a block has two branches at least.
         while len(block) < 2 or (token == self.tags.title and self.budget.room(block)):
             token = self.title(block)
         self.cut |= token == self.tags.title and len(block) < self.budget.max_branches
@@ -283,7 +282,7 @@ class Engine:
     def title(self, block):
         """Writes one more title. Returns <|title|> or <|para|>, as the model chooses."""
         title = []
-        block.append(Branch(title, []))  # from now on the view shows it
+        block.append(Branch(title, []))  # grows in place, so that a View can show it
         token = self.serial([self.tags.title], TITLE_START)
         while token != self.tags.title_end and len(title) < TITLE_CAP:
             title.append(token)
@@ -299,7 +298,7 @@ class Engine:
         for number, branch in enumerate(block, start=1):
             prefix = [self.tags.branch] + branch.title
             fed += [(token, start + i, number) for i, token in enumerate(prefix)]
-            lanes.append(Lane(number, branch, start + len(prefix), token=self.tags.branch))
+            lanes.append(Lane(number, branch, start + len(prefix)))
             ends.append(len(fed) - 1)
         quota = self.budget.quota(block)
         for lane, token in zip(lanes, self.feed(fed, ends, BRANCH)):
@@ -310,7 +309,7 @@ class Engine:
             while live:
                 fed = [(lane.token, lane.position, lane.number) for lane in live]
                 chosen = self.feed(fed, range(len(live)), BRANCH)
-                # A lane that has just fed its <|/branch|> is done.
+                # A lane that has just fed its <|/branch|> is done; the choice after it is not used.
                 going_on = [(lane, token) for lane, token in zip(live, chosen)
                             if lane.token != self.tags.branch_end]
                 for lane, token in going_on:

@@ -3,7 +3,7 @@
 RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied or untied head.
 Two things are unusual. Positions and mask are given explicitly, because sibling branches share
 their positions and do not see each other. And the KV cache is written at slots that the caller
-names: one forward pass serves prefill, prefixes and parallel steps, and nothing is counted here.
+names: one forward pass serves prefill, prefixes and parallel steps; no counter hides in here.
 
 Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size,
 V vocab_size.
@@ -27,7 +27,7 @@ FORMAT = "aspd-2"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and 
 @dataclass
 class GPTConfig:
     """The shape of a model; the defaults have about the size of GPT-2."""
-    block_size: int = 1024        # context: row tokens at most
+    block_size: int = 1024        # context, in row tokens (nothing to do with aspd.Block)
     vocab_size: int = 50304       # rows of the embedding, tags and padding included
     n_layer: int = 12
     n_head: int = 12
@@ -63,16 +63,16 @@ def attend(q, k, v, mask):
     (S = T), else additive, (..., nh/nkv * T, S)."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # The nh/nkv heads that share keys become one head with more queries: so every key is read once,
-    # and torch's masked kernels for CUDA know no groups.
+    # The nh/nkv heads that share keys become one head with more queries, for two reasons: every key
+    # is read once, and torch's masked kernels for CUDA know no groups.
     folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, nh/nkv T, hs)
     return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
 
 
 def linear(x, weight, bias=None):
-    """F.linear, but decoding in float32 on a CPU by oneDNN, which torch uses for bfloat16 alone:
-    products of few tokens take two thirds of the time."""
-    decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # an LM's are frozen
+    """F.linear; decoding in float32 on a CPU, oneDNN's product, which F.linear takes for bfloat16
+    only: of few tokens it needs two thirds of the time."""
+    decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # see decode.LM
     if decoding and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and ONEDNN:
         no_activation = ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *no_activation)
@@ -160,7 +160,7 @@ class GPT(nn.Module):
             layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
             norm=nn.RMSNorm(config.n_embd, eps=config.norm_eps),
         ))
-        # (slots,): see cache_mask. Written by decode.forward_pass, freed when a block ends.
+        # (slots,): see cache_mask. Written by decode.forward_pass; all 0 again when a block ends.
         self.register_buffer("owner", None, persistent=False)
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -170,7 +170,7 @@ class GPT(nn.Module):
 
     def initial_std(self, name, fan_in):
         if "embed_tokens" in name:
-            return 0.1  # five times GPT-2's: the small default model learns faster
+            return 0.1  # five times GPT-2's: the small model of train.py learns faster
         std = fan_in ** -0.5  # keeps the variance of the input
         if "o_proj" in name or "down_proj" in name:  # what adds to the residual stream starts small
             std *= (2 * self.config.n_layer) ** -0.5
@@ -188,13 +188,14 @@ class GPT(nn.Module):
 
     def forward(self, idx, position, mask=None, slot=None, pick=None):
         """idx, position: (B, T). mask: bool, True = sees, (B, 1, T, T); None = causal. With a cache
-        B = 1, slot (T,) says where it takes the keys and values, and mask (T, S) that the first S
-        slots are read. -> logits (B, T, V) or, of the tokens with the flat indices pick, (N, V)."""
+        B = 1; slot (T,): where keys and values are written; mask (T, S): over its first S slots.
+        -> logits (B, T, V) or, of the tokens with the flat indices pick, (N, V)."""
         x = self.model.embed_tokens(idx)  # (B, T, C)
         cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
         if mask is not None:  # as attend() wants it, once for all layers
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
-            mask = torch.cat([mask] * (self.config.n_head // self.config.n_kv_head), dim=-2)
+            groups = self.config.n_head // self.config.n_kv_head
+            mask = torch.cat([mask] * groups, dim=-2)  # row g * T + t: token t, head g of a group
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)
         x = self.model.norm(x)
@@ -222,10 +223,8 @@ class GPT(nn.Module):
 
 def check_device(device):
     """ValueError unless a device such as "cpu" or "cuda:1" is there."""
-    try:
+    with naming(f"device {device!r}"):
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as e:  # the first where torch was built without CUDA
-        raise ValueError(f"device {device!r}: {e}") from None
 
 
 def fast_dtype(device):

@@ -3,7 +3,7 @@
     python train.py                                        # the built-in corpus, minutes on a CPU
     python train.py --mode serial --out-dir out-serial     # its serial twin: the same, untagged
     python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model
-    torchrun --nproc_per_node=8 train.py ...               # 8 devices, a batch of every step each
+    torchrun --nproc_per_node=8 train.py ...               # 8 devices share a step's 8 batches
 
 All that is special about ASPD happened in the layout; this is an ordinary training loop. Under
 torchrun every process keeps a part of the weights and computes a part of a step's batches, so with
@@ -31,8 +31,8 @@ from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_toke
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published,
                    read_checkpoint, save_checkpoint)
 
-# A new tag starts as the mean of these words (in the order of TAG_NAMES), which should not be seen
-# side by side in answers: where they are likely, so is the tag, and where the tag is, they are.
+# A new tag starts as the mean of these words (in the order of TAG_NAMES), and so as likely as they
+# are: take words that answers do not have in sequence.
 TAG_WORDS = (" headline", " headline closed", " parallel", " parallel closed", " branch",
              " branch closed")
 RANK = int(os.environ.get("RANK", 0))         # torchrun starts processes 0, 1, ...
@@ -178,13 +178,13 @@ def count_targets(rows):
     return sum(int((row.target != IGNORE).sum()) for row in rows)
 
 
-def summed_loss(model, rows, args, branch_mask=True):
+def summed_loss(model, rows, args, masked=True):
     """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T) or None
-    if not branch_mask:
-        mask = None  # causal
+    if not masked:
+        mask = None  # causal: branches see each other
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
-    padding = (0, -len(pick) % 128)                           # few shapes, as in collate
+    padding = (0, -len(pick) % 128)  # few shapes, as in collate; token 0 again, without a target
     target = F.pad(target.flatten()[pick], padding, value=IGNORE)
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logits = model(idx, position, mask, pick=F.pad(pick, padding))  # (N, V)
@@ -213,8 +213,8 @@ def train_step(model, step_batches, optimizer, args):
 
 @torch.no_grad()
 def held_out_loss(model, rows, tokenizer, args):
-    """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and of a title
-    only its first writing. Always under the branch mask, which decoding always has."""
+    """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and a title
+    once, for its repetition is forced. Under the branch mask, which decoding always has."""
     not_text = torch.tensor([tokenizer.eos, *(tokenizer.tags or ())])
     text_rows = []
     for row in rows:
@@ -244,13 +244,13 @@ def train(args, state):
         dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
     net = torch.compile(model, dynamic=True) if args.compile else model
     step = state["step"]
-    order = batches([len(row.token) for row in rows], args.batch_size, args.seed)
-    order = itertools.islice(order, step * args.accumulate, None)
+    index_batches = batches([len(row.token) for row in rows], args.batch_size, args.seed)
+    index_batches = itertools.islice(index_batches, step * args.accumulate, None)
 
     # 2) Ctrl-C and SIGTERM let the current step end, which is then saved
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: signals.append(1))
+    signal.signal(signal.SIGINT, lambda *_: signals.append("Ctrl-C"))
+    signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
 
     # 3) the loop
     stop = False
@@ -260,16 +260,16 @@ def train(args, state):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_batches = [[rows[i] for i in next(order)] for _ in range(args.accumulate)]
+        batch_indices = itertools.islice(index_batches, args.accumulate)
+        step_batches = [[rows[i] for i in indices] for indices in batch_indices]
         loss = train_step(net, step_batches, optimizer, args)
         check(math.isfinite(loss), f"loss is {loss} at step {step}, learning rate {lr:.1e}; "
                                    f"the last checkpoint is in {args.out_dir}")
         step += 1
         tokens += sum(len(row.token) for batch in step_batches for row in batch)
         if step % 10 == 0 or step == args.steps:
-            speed = tokens / (time.perf_counter() - began)
             print(f"step {step} of {args.steps}: loss {loss:.4f}, lr {lr:.1e}, "
-                  f"{speed:.0f} tokens/s", flush=True)
+                  f"{tokens / (time.perf_counter() - began):.0f} tokens/s", flush=True)
         n_signals = torch.tensor(len(signals), device=args.device)
         if WORLD > 1:
             dist.all_reduce(n_signals)  # one to any process stops all, at the same step
