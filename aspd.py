@@ -19,11 +19,11 @@ and then all its branches side by side (line breaks only for reading):
     positions     after a block: on by the sum ("aspd", Seq) or the longest ("longest", Max) 3.3
     cache_mask    branch_mask again, for the hybrid engine's one KV cache                    3.4
     Stats         tokens and passes of one answer                                            4.1
-    Metrics       of many: PPD, ABN, APD, APE (see Metrics.figures)                          4.1
+    metrics       of many: PPD, ABN, APD, APE                                                4.1
 
 `python aspd.py` prints the row of such an answer, and who sees whom.
 """
-from collections import Counter, namedtuple
+from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -230,35 +230,22 @@ def stats(segments):
     return s
 
 
-class Metrics:
-    """The paper's figures over many answers, as sums: memory does not grow with their number."""
+def metrics(answers):
+    """The paper's figures over the Stats of many answers, a list -> dict (section 4.1)."""
+    parallel = [s for s in answers if s.branches]
 
-    def __init__(self):
-        self.sum = Counter()
-        self.best = 0.0
+    def mean(values):
+        return sum(values) / max(len(values), 1)
 
-    def add(self, s):
-        """Adds one answer's Stats to the sums."""
-        self.best = max(self.best, s.speedup)
-        self.sum.update(answers=1, speedup=s.speedup)
-        if s.branches:
-            in_rests = s.branch_tokens - s.title_tokens
-            self.sum.update(parallel=1, blocks=len(s.branches), branches=sum(s.branches))
-            self.sum.update(APD=s.branch_tokens / s.tokens, APE=in_rests / s.branch_tokens)
-
-    def figures(self):
-        """-> dict; the paper's names, and the mean and the best of the answers' ideal speedups."""
-        answers = max(self.sum["answers"], 1)
-        parallel = max(self.sum["parallel"], 1)
-        return {
-            "answers": self.sum["answers"],
-            "PPD": self.sum["parallel"] / answers,  # share of the answers that have a block
-            "ABN": self.sum["branches"] / max(self.sum["blocks"], 1),  # branches of a block
-            "APD": self.sum["APD"] / parallel,  # of such an answer, the share inside branches
-            "APE": self.sum["APE"] / parallel,  # of its branches, the share that is not title
-            "speedup": self.sum["speedup"] / answers,
-            "best": self.best,
-        }
+    return {
+        "answers": len(answers),
+        "PPD": len(parallel) / max(len(answers), 1),  # share of the answers that have a block
+        "ABN": mean([n for s in parallel for n in s.branches]),       # branches of a block
+        "APD": mean([s.branch_tokens / s.tokens for s in parallel]),  # share inside branches
+        "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # and of it, no title
+        "speedup": mean([s.speedup for s in answers]),  # the ideal one
+        "best": max((s.speedup for s in answers), default=0),
+    }
 
 
 def main():

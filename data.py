@@ -24,8 +24,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from aspd import (IGNORE, Block, Branch, Metrics, Tags, branch_mask, check, join, layout,
-                  naming, stats, tokenize)
+from aspd import (IGNORE, MAX_BRANCHES, Block, Branch, Tags, branch_mask, check, join, layout,
+                  metrics, naming, stats, tokenize)
 from model import map_file, read_json
 
 # ---- extraction: the outline of an answer -------------------------------------
@@ -191,7 +191,6 @@ def find_runs(lines, marks, stretch, kind):
 LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
 LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
 TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
-GROUP_OVER = 10  # a run of more parts puts neighbours into one branch; at most MAX_BRANCHES
 MIN_SAVED = 6    # tokens; a smaller gain is not worth it
 
 
@@ -218,7 +217,7 @@ def make_block(text, starts, parts, titles):
     """The Block of parts that start at these characters of the text. A branch opens with the white
     space behind the one before it, and the title of its first part."""
     ends = [start + len(part) for start, part in zip(starts, parts)]
-    size = -(-len(parts) // GROUP_OVER)  # neighbours that share a branch
+    size = math.ceil(len(parts) / MAX_BRANCHES)  # neighbours that share a branch
     block = Block()
     opens = starts[0]
     for i in range(0, len(parts), size):
@@ -434,13 +433,13 @@ def split_held_out(records):
 
 
 def make_rows(records, tokenizer, config, mode="aspd"):
-    """Answers -> (list of Rows, Metrics), without those whose tagged row exceeds the context.
+    """Answers -> (Rows, Stats), two lists, without those whose tagged row exceeds the context.
 
     mode: "aspd" is tagged, "serial" the plain answer. Both leave out the same answers, so that
     their models can be compared."""
     tags = tokenizer.tags or Tags(*[tokenizer.eos] * 6)  # stand-ins, for the length
     rows = []
-    metrics = Metrics()
+    counted = []
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt = tokenizer.prompt(r["prompt"])
         segments, _ = extract(r["response"], r["prompt"])
@@ -451,8 +450,8 @@ def make_rows(records, tokenizer, config, mode="aspd"):
         if mode == "serial":
             row = layout(prompt, [tokenizer.encode(r["response"])], tokenizer.eos)
         rows.append(row)
-        metrics.add(stats(ids))
-    return rows, metrics
+        counted.append(stats(ids))
+    return rows, counted
 
 
 def batches(lengths, batch_size, seed):
@@ -471,20 +470,18 @@ def collate(rows, device="cpu"):
     """Rows -> (token, position, mask, target), padded on the right to a multiple of 16, so that few
     shapes occur: for each one kernels are chosen, or compiled, and kept.
 
-    token, position, target: (B, T). mask: (B, 1, T, T) bool; None, causal, without a block."""
+    token, position, target: (B, T). mask: (B, 1, T, T) bool."""
     T = math.ceil(max(len(row.token) for row in rows) / 16) * 16
     padded = []
     for tensors, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)):
         tensors = [F.pad(tensor, (0, T - len(tensor)), value=fill) for tensor in tensors]
         padded.append(torch.stack(tensors).to(device))
     token, block, branch, position, target = padded
-    mask = branch_mask(block, branch)[:, None] if block.any() else None
-    return token, position, mask, target
+    return token, position, branch_mask(block, branch)[:, None], target
 
 
 # ---- loading ----------------------------------------------------------------
 
-MAX_LINE = 64 * 2**20  # bytes
 BLANKS = b"\xef\xbb\xbf \t\r\n"  # and the byte order mark
 LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
            '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
@@ -499,23 +496,22 @@ def parse_json(text, where):
 
 
 def read_objects(path):
-    """Yields (place, dict) for every record of a JSON array, which is read whole, or of JSON Lines,
-    of which one line at a time is in memory. ValueError with the place."""
-    with open(path, "rb") as f:
-        records = None
-        for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
-            where = f"{path}, line {n}"
-            text = line.strip(BLANKS)
-            if records is None and text.startswith(b"["):
-                records = parse_json(line + f.read(), where)
-            elif text:
-                check(len(line) <= MAX_LINE, f"{where}: longer than {MAX_LINE} bytes")
-                records = [parse_json(line, where)]
-            for k, r in enumerate(records if text else (), start=1):
-                where = f"{path}, line {n}, record {k}"
-                check(isinstance(r, dict), f"{where}: expected an object, not {type(r).__name__}")
-                # null and NaN, which tables write, mean "not given"
-                yield where, {name: v for name, v in r.items() if v is not None and v == v}
+    """Yields (place, dict) for every record of a JSON array or of JSON Lines. ValueError with the
+    place."""
+    data = Path(path).read_bytes()
+    if data.lstrip(BLANKS).startswith(b"["):
+        unit = "record"
+        records = enumerate(parse_json(data, path), start=1)
+    else:
+        unit = "line"
+        lines = enumerate(data.split(b"\n"), start=1)
+        records = ((n, parse_json(line, f"{path}, line {n}")) for n, line in lines
+                   if line.strip(BLANKS))
+    for n, r in records:
+        where = f"{path}, {unit} {n}"
+        check(isinstance(r, dict), f"{where}: expected an object, not {type(r).__name__}")
+        # null and NaN, which tables write, mean "not given"
+        yield where, {name: v for name, v in r.items() if v is not None and v == v}
 
 
 def read_turns(record):
@@ -591,15 +587,14 @@ def read_prompts(path):
 def write_whole(path, lines):
     """Writes lines to a file whole or not at all; a link or a device stays what it is."""
     path = Path(path).resolve()
-    temporary = Path(f"{path}.tmp") if path.is_file() or not path.exists() else path
-    try:
-        # a lone surrogate is written as JSON escapes it, \ud83d
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
-            f.writelines(line + "\n" for line in lines)
-        if temporary != path:
-            temporary.replace(path)
-    finally:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+    # a lone surrogate is written as JSON escapes it, \ud83d
+    data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+    if path.is_file() or not path.exists():
+        temporary = Path(f"{path}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    else:
+        path.write_bytes(data)
 
 
 def printable(text):
@@ -819,22 +814,6 @@ def as_json(segment):
     return segment
 
 
-def extract_all(records, tokenizer, n_shown, metrics, refused):
-    """Yields what extract() finds in every answer, as a line of JSON; shows the first n_shown.
-    Counts their figures in metrics {category: Metrics}, the reasons of refusals in refused."""
-    for n, r in enumerate(tqdm(records, desc="answers", disable=None)):
-        segments, refusals = extract(r["response"], r["prompt"])
-        check(join(segments) == r["response"], f"answer {r['id']} does not join back")
-        if n < n_shown:
-            show(r, segments, refusals)
-        counted = stats(tokenize(segments, tokenizer.encode))
-        for category in {str(r.get("category") or "all"), "all"}:
-            metrics[category].add(counted)
-        refused.update(reason for reason, _, _ in refusals)
-        del r["response"]
-        yield json.dumps({**r, "segments": list(map(as_json, segments))}, ensure_ascii=False)
-
-
 def main():
     """The command line: what extract() finds in a file."""
     p = argparse.ArgumentParser(description="Finds the independent parts of answers.")
@@ -844,23 +823,33 @@ def main():
     p.add_argument("--tokenizer", default="bpe", help="bpe (learnt), a tiktoken name or a folder")
     args = p.parse_args()
 
-    records = read_records(args.file) if args.file else iter(corpus())
-    first = list(itertools.islice(records, 2000))  # for the tokenizer to learn from
-    tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in first))
-    metrics = defaultdict(Metrics)
-    refused = Counter()
-    records = itertools.chain(first, records)
-    write_whole(args.out or os.devnull,  # without --out, too: this is what shows and counts
-                extract_all(records, tokenizer, args.show, metrics, refused))
+    records = list(read_records(args.file)) if args.file else corpus()
+    tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records))
+    counted = defaultdict(list)  # {category: the Stats of its answers}
+    refused = Counter()          # {reason: how often}
+    lines = []
+    for n, r in enumerate(tqdm(records, desc="answers", disable=None)):
+        segments, refusals = extract(r["response"], r["prompt"])
+        check(join(segments) == r["response"], f"answer {r['id']} does not join back")
+        if n < args.show:
+            show(r, segments, refusals)
+        s = stats(tokenize(segments, tokenizer.encode))
+        for category in {str(r.get("category") or "all"), "all"}:
+            counted[category].append(s)
+        refused.update(reason for reason, _, _ in refusals)
+        line = r | {"segments": list(map(as_json, segments))}
+        del line["response"]
+        lines.append(json.dumps(line, ensure_ascii=False))
+    if args.out:
+        write_whole(args.out, lines)
 
     print("\ncategory         answers    PPD    ABN    APD    APE  speedup   best")
     row = "{:16}{answers:>8}{PPD:>7.0%}{ABN:>7.2f}{APD:>7.0%}{APE:>7.0%}{speedup:>9.2f}{best:>7.2f}"
-    for category in sorted(metrics, key=lambda name: name == "all"):
-        print(row.format(printable(category), **metrics[category].figures()))
+    for category in sorted(counted, key=lambda name: name == "all"):
+        print(row.format(printable(category), **metrics(counted[category])))
     print("\nblocks refused:" if refused else "\nno block was refused")
     for reason, n in refused.most_common():
         print(f"{n:>8}  {reason}")
-
 
 
 # ---- published tokenizers ---------------------------------------------------

@@ -12,7 +12,6 @@ belongs to; when it ends, its slots become everybody's. Nothing is moved, copied
 """
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -30,7 +29,6 @@ from model import check_device, from_checkpoint, from_published, read_checkpoint
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
-FEW = 64        # candidates for a small top-k; a larger one sorts the whole vocabulary, slowly
 SETTINGS = ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
             "max_branches")  # of the command line, handed to generate()
 
@@ -56,17 +54,12 @@ def grammar(tokenizer, vocab_size):
     return allow
 
 
-def sample(logits, u, temperature, top_k, top_p, candidates):
-    """One token a row: logits (W, V) -> (W,). u (W,): a random number in [0, 1) for each.
-
-    temperature, top_k and top_p are tensors, so that other values compile nothing again. candidates
-    is a number, of the best tokens that are looked at: 1 is greedy, V are all.
-    """
-    if candidates == 1:
+def sample(logits, u, temperature, top_k, top_p):
+    """One token a row: logits (W, V) -> (W,). u (W,): a random number in [0, 1) for each. The other
+    arguments are generate()'s."""
+    if temperature == 0:
         return logits.argmax(-1)
-    values, indices = logits.topk(candidates)  # (W, candidates), the best first
-    rank = torch.arange(candidates, device=logits.device)
-    values = values.masked_fill(rank >= top_k, -torch.inf)
+    values, indices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # best first
     p = ((values - values[:, :1]) / temperature).softmax(-1)  # the best is 0: no overflow
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the fewest tokens that together reach top_p
     cdf = p.cumsum(-1)  # inverted at u: what a branch draws does not depend on the others
@@ -74,23 +67,12 @@ def sample(logits, u, temperature, top_k, top_p, candidates):
     return indices.gather(-1, chosen)[:, 0]
 
 
-def sampling_tensors(temperature, top_k, top_p, vocab_size, device):
-    """generate()'s settings -> the last four arguments of sample()."""
-    if temperature:
-        temperature = min(max(temperature, 1e-30), 1e30)  # what a float32 can be divided by
-    top_k = min(top_k or vocab_size, vocab_size)
-    candidates = min(FEW, vocab_size) if top_k <= FEW else vocab_size
-    settings = (temperature, top_k, top_p)
-    tensors = [torch.tensor(float(value), device=device) for value in settings]
-    return *tensors, candidates if temperature else 1
-
-
 def forward_pass(model, allow, fed, choose, u, sampling, seen):
     """The step of all modes -> (tokens chosen (L,), their logits (L, V), which tests look at).
 
     fed: (4, W) int64: token, position, branch and slot of the W tokens fed; the slots become the
     branches'. choose: (2, L) int64: after which L of them to choose a token, and in which state.
-    allow: (6, V), the grammar. u: (L,) and sampling: see sample(). seen: slots that are read.
+    allow: (6, V), the grammar. u: (L,) and sampling, a tuple: see sample(). seen: slots that are read.
     A token is -1 where the logits are not finite.
     """
     token, position, branch, slot = fed
@@ -354,7 +336,8 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
     check(mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     check(mode == "serial" or tokenizer.tags, f"a checkpoint without tags cannot decode {mode!r}")
     check(max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}")
-    check(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
+    check(temperature == 0 or 1e-6 <= temperature <= 1e6,  # what logits can be divided by
+          f"temperature must be 0, or 1e-6 to 1e6, not {temperature}")
     check(top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}")
     check(0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}")
     check(2 <= max_branches <= MAX_BRANCHES,
@@ -367,9 +350,7 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
 
     start = time.perf_counter()
     budget = Budget(min(len(ids) + max_new_tokens, context), max_branches)
-    vocab_size = lm.model.config.vocab_size
-    sampling = sampling_tensors(temperature, top_k, top_p, vocab_size, lm.device)
-    engine = Engine(lm, mode, budget, sampling, seed, watch)
+    engine = Engine(lm, mode, budget, (temperature, top_k, top_p), seed, watch)
     engine.run(ids)
     segments = [segment for segment in engine.segments if segment]
     tokens = plain(segments)

@@ -59,14 +59,18 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask):
-    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs). mask: None is causal
-    (S = T), else additive, (..., nh/nkv * T, S)."""
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs), an additive mask (B, 1, nh/nkv T, S)
+    -> (B, nh, T, hs)."""
     # The nh/nkv heads that share keys become one head with more queries, for two reasons: every key
     # is read once, and torch's masked kernels for CUDA know no groups.
     folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, nh/nkv T, hs)
-    return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+    if q.is_cpu and q.requires_grad:
+        # Training in bfloat16 on a CPU, plain products need half the time of torch's kernel.
+        scores = folded / math.sqrt(q.size(-1)) @ k.transpose(-1, -2) + mask
+        y = scores.softmax(-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(folded, k, v, mask)
+    return y.reshape(q.shape)
 
 
 def linear(x, weight, bias=None):
@@ -84,23 +88,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class KVCache(nn.Module):
-    """One layer's keys and values of one answer: buffers, which a compiled step writes in place."""
-
-    def __init__(self, config, slots, dtype, device):
-        super().__init__()
-        shape = (1, config.n_kv_head, slots, config.head_size)
-        for name in ("k", "v"):
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            self.register_buffer(name, zeros, persistent=False)
-
-    def update(self, k, v, slot, seen):
-        """Writes k, v (1, nkv, T, hs) at slot (T,); returns those of the first `seen` slots."""
-        self.k[:, :, slot] = k
-        self.v[:, :, slot] = v
-        return self.k[:, :, :seen], self.v[:, :, :seen]
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -110,7 +97,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, config.n_kv_head * hs, bias=bias)
         self.v_proj = Linear(C, config.n_kv_head * hs, bias=bias)
         self.o_proj = Linear(config.n_head * hs, C, bias=False)
-        self.cache = None
+        # Keys and values of one answer, (1, nkv, slots, hs); a compiled step writes in place.
+        self.register_buffer("k_cache", None, persistent=False)
+        self.register_buffer("v_cache", None, persistent=False)
 
     def forward(self, x, cos, sin, mask, slot):
         B, T, _ = x.shape
@@ -120,7 +109,10 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if slot is not None:
-            k, v = self.cache.update(k, v, slot, seen=mask.size(-1))       # (1, nkv, S, hs)
+            self.k_cache[:, :, slot] = k
+            self.v_cache[:, :, slot] = v
+            k = self.k_cache[:, :, :mask.size(-1)]                         # (1, nkv, S, hs)
+            v = self.v_cache[:, :, :mask.size(-1)]
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -181,8 +173,10 @@ class GPT(nn.Module):
         stays: nobody sees the slots behind the last token."""
         weight = self.model.embed_tokens.weight
         if self.owner is None or len(self.owner) < slots:
+            shape = (1, self.config.n_kv_head, slots, self.config.head_size)
             for layer in self.model.layers:
-                layer.self_attn.cache = KVCache(self.config, slots, weight.dtype, weight.device)
+                layer.self_attn.k_cache = weight.new_zeros(shape)
+                layer.self_attn.v_cache = weight.new_zeros(shape)
             self.owner = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self.owner.zero_()
 
@@ -192,10 +186,13 @@ class GPT(nn.Module):
         -> logits (B, T, V) or, of the tokens with the flat indices pick, (N, V)."""
         x = self.model.embed_tokens(idx)  # (B, T, C)
         cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
-        if mask is not None:  # as attend() wants it, once for all layers
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
-            groups = self.config.n_head // self.config.n_kv_head
-            mask = torch.cat([mask] * groups, dim=-2)  # row g * T + t: token t, head g of a group
+        if mask is None:
+            mask = torch.ones(1, 1, idx.size(1), idx.size(1), dtype=torch.bool, device=x.device)
+            mask = mask.tril()
+        # as attend() wants it, once for all layers
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        groups = self.config.n_head // self.config.n_kv_head
+        mask = torch.cat([mask] * groups, dim=-2)  # row g * T + t: token t, head g of a group
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)
         x = self.model.norm(x)
@@ -256,8 +253,6 @@ def read_checkpoint(out_dir):
 
 def from_checkpoint(state, where="checkpoint"):
     """The model of a checkpoint's dict. ValueError naming a setting or tensor that does not fit."""
-    unknown = sorted(state["config"].keys() - vars(GPTConfig()))
-    check(not unknown, f"{where} is no checkpoint of format {FORMAT}: unknown settings {unknown}")
     with naming(where), torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
         model.load_state_dict(state["model"], assign=True)
@@ -326,12 +321,10 @@ def read_weights(path):
             files = [Path(path, name) for name in {*read_json(index)["weight_map"].values()}]
     check(files, f"{path}: no *.safetensors in it")
     weights = {}
-    found_in = {}
     for file in files:
         for name, tensor in read_safetensors(file).items():
-            check(name not in weights, f"{file}: the tensor {name} is in {found_in.get(name)} too")
+            check(name not in weights, f"{file}: the tensor {name} is in another file, too")
             weights[name] = tensor
-            found_in[name] = file
     return weights
 
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from aspd import IGNORE, POSITIONS, check
+from aspd import IGNORE, POSITIONS, check, metrics
 from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer,
                   published_tokenizer, read_records, split_held_out)
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published,
@@ -115,13 +115,13 @@ def prepare(args, state):
     model.to(args.device)  # only now: the whole model need not fit on one device
 
     # 3) rows
-    rows, metrics = make_rows(answers, tokenizer, model.config, args.mode)
+    rows, counted = make_rows(answers, tokenizer, model.config, args.mode)
     held_out, _ = make_rows(held_out, tokenizer, model.config, args.mode)
     check(rows, f"{args.data or 'the corpus'}: none of {len(answers)} answers to train on fits "
                 f"{model.config.block_size} tokens")
     answers_a_step = args.batch_size * args.accumulate
     args.steps = args.steps or math.ceil(2 * len(rows) / answers_a_step)
-    figures = metrics.figures()
+    figures = metrics(counted)
     n_tokens = sum(len(row.token) for row in rows)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(rows)} answers, {len(answers) - len(rows)} too long; {n_tokens} tokens; "
@@ -180,7 +180,7 @@ def count_targets(rows):
 
 def summed_loss(model, rows, args, masked=True):
     """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
-    idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T) or None
+    idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T)
     if not masked:
         mask = None  # causal: branches see each other
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count

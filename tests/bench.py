@@ -38,8 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspd import IGNORE, MAX_BRANCHES, Block, Row, check, layout, plain, stats, tokenize
 from data import (batches, cli, collate, corpus, extract, make_rows, make_tokenizer, read_prompts,
                   read_records, split_held_out, write_whole)
-from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load,
-                    sampling_tensors)
+from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load)
 from model import GPT, GPTConfig, check_device, fast_dtype
 from script import script
 from train import held_out_loss, make_optimizer, train_step
@@ -185,9 +184,8 @@ def warm_up(lm, slots, args, widths=WIDTHS):
     that compiles, and chooses kernels. -> the Engine."""
     lm.model.owner = None  # not the larger cache of a bench before: compiled steps read all of it
     *settings, seed = args.sampling.values()
-    tensors = sampling_tensors(*settings, lm.model.config.vocab_size, lm.device)
     budget = Budget(slots - 1, MAX_BRANCHES)
-    engine = Engine(lm, "serial", budget, tensors, seed, None)
+    engine = Engine(lm, "serial", budget, tuple(settings), seed, None)
     engine.serial([0] * 8)
     for width in widths:
         for _ in range(3):

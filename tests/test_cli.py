@@ -33,7 +33,6 @@ ANSWERS = {  # a file of answers, and what data.py FILE and train.py --data FILE
     "other-names.jsonl": ('{"question": "q", "reply": "r"}\n', 'question, reply.*"prompt", "response"'),
     "indented.json": (json.dumps(json.loads(GOOD), indent=2), "line 1.*JSON Lines has one object a line"),
     "not-an-object.jsonl": (GOOD + "3\n", "line 2.*expected an object, not int"),
-    "long-line.jsonl": ('{"prompt": "' + "p" * 2**20 + '"}\n', "line 1: longer than"),
     "latin1.jsonl": ('{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "latin1.jsonl, line 1.*utf-8"),
     "utf16.jsonl": (GOOD.encode("utf-16"), "utf16.jsonl, line 1.*utf-8"),
     "zipped.jsonl": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "zipped.jsonl, line 1.*utf-8"),
@@ -65,7 +64,6 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("module,line,named", BAD, ids=[f"{m.__name__} {line}".replace("{files}/", "") for m, line, _ in BAD])
 def test_a_bad_command_line_is_refused_in_one_line(files, tmp_path, monkeypatch, capsys, module, line, named):
-    monkeypatch.setattr(data, "MAX_LINE", 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     before = sorted(files.rglob("*"))

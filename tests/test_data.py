@@ -215,17 +215,6 @@ def test_a_bad_file_is_refused_with_its_name_and_place(read, name):
     assert "\n" not in message and "answers.jsonl" in message and re.search(named, message, re.I), message
 
 
-def test_a_line_over_the_limit_is_refused_before_it_is_read(read, monkeypatch):
-    """But an array may stand on one line."""
-    assert data.MAX_LINE == 64 * 2**20
-    monkeypatch.setattr(data, "MAX_LINE", 2**20)
-    fits = GOOD[:-1] + b" " * (2**20 - len(GOOD)) + b"\n"
-    assert len(read(fits)[0]) == 1
-    with pytest.raises(ValueError, match="line 2: longer than"):
-        read(fits + fits[:-1] + b" \n")
-    assert len(read(b"[" + b",".join([GOOD.strip()] * 2**16) + b"]")[0]) == 2**16
-
-
 def test_lone_surrogates_are_no_obstacle(read):
     """In prompts, answers, roles and names of fields: raw they are not UTF-8, escaped they are read."""
     assert read(b'{"prompt": "p \\ud83d", "response": "\\udc00 r"}')[0] == [("p \ud83d", "\udc00 r")]
@@ -275,13 +264,13 @@ def test_serial_twins_leave_out_the_same_answers():
     """Both modes train on the same answers; a serial row holds its answer's ids and nothing else. Also without tags."""
     records = corpus(40) + [{"prompt": "p", "response": "word " * 500}]
     config = GPTConfig(block_size=1200)
-    tagged, metrics = make_rows(records, TOKENIZER, config)
+    tagged, counted = make_rows(records, TOKENIZER, config)
     assert 0 < len(tagged) < len(records) and max(len(r.token) for r in tagged) <= 1200
     assert any(r.block.any() for r in tagged)
     for tokenizer in (TOKENIZER, Tokenizer(**TOKENIZER.settings | {"tags": None})):
-        serial, serial_metrics = make_rows(records, tokenizer, config, "serial")
+        serial, serial_counted = make_rows(records, tokenizer, config, "serial")
         assert len(serial) == len(tagged) and not any(r.block.any() for r in serial)
-        assert serial_metrics.figures() == metrics.figures()
+        assert serial_counted == counted
         texts = [tokenizer.decode(r.target[r.target >= 0].tolist()) for r in serial]
         assert set(texts) < {r["response"] for r in records}
 
@@ -322,7 +311,7 @@ def test_collated_rows_equal_rows_alone():
     for group in (rows, [rows[1]], [rows[0], plain]):
         idx, position, mask, target = collate(group)
         assert idx.shape == position.shape == target.shape and idx.size(1) % 16 == 0
-        assert (mask is None) == (not any(row.block.any() for row in group))
+        assert mask.shape == (len(group), 1, idx.size(1), idx.size(1))
         logits = model(idx, position, mask)
         assert logits.isfinite().all()
         for i, row in enumerate(group):

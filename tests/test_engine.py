@@ -23,7 +23,7 @@ from aspd import (IGNORE, MAX_BRANCHES, POSITIONS, Block, Branch, branch_mask, c
                   layout, plain, stats, tokenize)
 from data import Tokenizer, make_tokenizer
 from decode import (AFTER_TITLE, BRANCH, LM, MODES, SERIAL, TEXT_ONLY, TITLE, TITLE_CAP,
-                    TITLE_START, generate, sample, sampling_tensors)
+                    TITLE_START, generate, sample)
 from helpers import TOKENIZER, random_ids, random_text
 from model import GPT, GPTConfig
 from script import script
@@ -670,8 +670,8 @@ def test_quota_does_not_depend_on_siblings(mode):
 # ---- sampling ---------------------------------------------------------------
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """sample() with the settings as generate() takes them."""
-    return sample(logits, u, *sampling_tensors(temperature, top_k, top_p, logits.size(-1), "cpu"))
+    """sample() with generate()'s defaults."""
+    return sample(logits, u, temperature, top_k, top_p)
 
 
 def probabilities(logits, temperature, top_k, top_p):
@@ -719,8 +719,8 @@ def test_each_row_is_sampled_with_its_own_number():
     assert torch.equal(draw(logits, u, 1.0, 5, 0.9), torch.cat(alone))
 
 
-GREEDY = [(0.0, 0, 1.0), (0.0, 3, 0.5), (1e-6, 0, 1.0), (1e-20, 0, 1.0), (1e-45, 5, 1.0),
-          (5e-324, 0, 0.9), (1.0, 1, 1.0), (1.0, 0, 1e-9)]
+GREEDY = [(0.0, 0, 1.0), (0, 3, 0.5), (1e-6, 0, 1.0), (1e-6, 5, 1.0), (1e-6, 0, 0.9),
+          (1.0, 1, 1.0), (1.0, 0, 1e-9)]
 
 
 @pytest.mark.parametrize("settings", GREEDY)
@@ -736,17 +736,11 @@ def test_greedy_is_the_best_token_and_the_limit_of_a_low_temperature(settings):
         assert torch.equal(draw(logits, u, *settings), best)
 
 
-def test_sampling_settings_have_one_type_whole_numbers_too():
-    """temperature=1 is 1.0 to the compiled step, which is compiled again for another type."""
-    whole = sampling_tensors(1, 5, 1, 99, "cpu")
-    assert [setting.dtype for setting in whole[:3]] == [torch.float32] * 3
-
-
 def test_limit_of_a_high_temperature_is_any_allowed_token_alike():
-    """However large the temperature."""
+    """Up to the largest temperature that generate() takes."""
     logits = torch.tensor([9.0, -torch.inf, 0.0, -9.0])
     u = (torch.arange(300) + 0.5) / 300
-    for temperature in (1e9, 1e38, 1e300):
+    for temperature in (1e6,):
         drawn = draw(logits.expand(300, -1), u, temperature)
         assert drawn.bincount().tolist() == [100, 0, 100, 100]
 
@@ -786,9 +780,9 @@ def test_siblings_draw_apart():
 REFUSED = {
     "mode": dict(mode="parallel"),
     "max-new-tokens": dict(max_new_tokens=0),
-    "temperature must be 0 or more, not -0.1": dict(temperature=-0.1),
-    "temperature must be 0 or more, not nan": dict(temperature=math.nan),
-    "temperature must be 0 or more, not inf": dict(temperature=math.inf),
+    "temperature must be 0, or 1e-6 to 1e6, not -0.1": dict(temperature=-0.1),
+    "temperature must be 0, or 1e-6 to 1e6, not nan": dict(temperature=math.nan),
+    "temperature must be 0, or 1e-6 to 1e6, not inf": dict(temperature=math.inf),
     "top-k": dict(top_k=-1),
     "top-p must be over 0": dict(top_p=0.0),
     "top-p must be over 0 and at most 1, not 1.5": dict(top_p=1.5),
@@ -861,12 +855,8 @@ def test_logits_that_are_not_finite_end_decoding_with_the_step(kind, value):
 # ---- the cache --------------------------------------------------------------
 
 def caches(lm):
-    return [layer.self_attn.cache for layer in lm.model.model.layers]
-
-
-def contents(lm):
-    """All keys and values, of every layer."""
-    return [kv for layer in caches(lm) for kv in (layer.k, layer.v)]
+    attentions = [layer.self_attn for layer in lm.model.model.layers]
+    return [cache for a in attentions for cache in (a.k_cache, a.v_cache)]
 
 
 class CacheWatch:
@@ -880,7 +870,7 @@ class CacheWatch:
         self.passes_in_blocks = 0
 
     def __call__(self, engine):
-        after = contents(self.lm)
+        after = caches(self.lm)
         for old, new in zip(self.before, after):
             assert new.data_ptr() == old[0]
             assert torch.equal(new[:, :, :self.slot], old[1])
@@ -910,9 +900,9 @@ def test_cache_is_written_once_and_in_place():
     assert len(answer.blocks) == 1
     longest = max(len(rest) for _, rest in blocks_of(answer)[0])
     assert watch.passes_in_blocks == longest + 2, "prefixes, the rest, <|/branch|>"
-    places = [kv.data_ptr() for kv in contents(lm)]
+    places = [kv.data_ptr() for kv in caches(lm)]
     again = generate(LM(lm.model, TOKENIZER), "other", max_new_tokens=200)
-    assert [kv.data_ptr() for kv in contents(lm)] == places
+    assert [kv.data_ptr() for kv in caches(lm)] == places
     assert again.segments == generate(random_lm(), "other", max_new_tokens=200).segments
 
 
@@ -949,7 +939,7 @@ def test_memory_follows_the_answer_not_the_context():
     for budget, slots in longer:
         lm = told([[X]], LM(lm.model, TOKENIZER))
         generate(lm, "p", max_new_tokens=budget, watch=watch)
-        assert {kv.size(2) for kv in contents(lm)} == {len(lm.model.owner)} == {slots}
+        assert {kv.size(2) for kv in caches(lm)} == {len(lm.model.owner)} == {slots}
         assert rows_of_numbers.pop() <= prompt + budget
 
 
@@ -1009,14 +999,14 @@ def test_compiled_equals_eager_and_is_never_compiled_again(pair):
     """Invariant 6, in all modes, for prompts and budgets of many lengths: one graph a width of 1,
     2, 4, 8 and 16, and a cache that stays where it is, no larger than the answers need."""
     assert pair.after_greedy == 5
-    places = [kv.data_ptr() for kv in contents(pair.compiled)]
+    places = [kv.data_ptr() for kv in caches(pair.compiled)]
     blocks = Counter()
     for prompt, budget in REQUESTS:
         for mode in MODES:
             answer = pair.answers(prompt, mode, max_new_tokens=budget)
             blocks[mode] += len(answer.blocks)
     assert graphs() == 5
-    assert [kv.data_ptr() for kv in contents(pair.compiled)] == places
+    assert [kv.data_ptr() for kv in caches(pair.compiled)] == places
     assert len(pair.compiled.model.owner) == 1024
     assert min(blocks["adaptive"], blocks["branchwise"]) >= 4 and not blocks["serial"]
 
@@ -1044,26 +1034,19 @@ def test_compiled_step_writes_the_cache_in_place(pair):
     shapes = re.findall(r"= empty_strided\w*\(\((.*?)\)", "\n".join(pair.codes))
     sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes]
     assert len(pair.codes) >= 5 and len(sizes) > 25
-    assert max(sizes) < contents(pair.compiled)[0].numel()
+    assert max(sizes) < caches(pair.compiled)[0].numel()
 
 
 @needs_compiler
-def test_sampling_settings_are_not_compiled_anew(pair):
-    """Many in one process: at most two graphs a width, for few candidates and for all; and they
-    sample the same as eagerly. Widths 1 and 2 here."""
+def test_compiled_sampling_is_eager_sampling(pair):
+    """A graph for each width and each setting, and none the second time."""
     before = graphs()
-    options = dict(max_branches=2, max_new_tokens=300)
-    answer = pair.answers("two tips", temperature=0.9, top_k=200, top_p=0.95, **options)
+    options = dict(temperature=0.9, top_k=20, top_p=0.95, max_branches=2, max_new_tokens=300)
+    answer = pair.answers("two tips", **options)
     assert answer.blocks
     assert graphs() - before <= 2
-    pair.answers("p", "serial", temperature=0.9, top_k=3, max_new_tokens=9)
-    assert graphs() - before <= 3
     before = graphs()
-    for top_k in (0, 1, 2, 64, 65, 10**6):
-        for temperature in (0.01, 50.0, 1e-40):
-            for top_p in (1.0, 0.3):
-                sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-                pair.answers("p", "serial", max_new_tokens=4, **sampling)
+    pair.answers("two more tips", seed=5, **options)
     assert graphs() == before
 
 

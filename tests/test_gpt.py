@@ -33,7 +33,7 @@ def some_ids(n):
 @pytest.mark.parametrize("T,S", [(1, 9), (5, 9), (6, 6)])
 def test_attend_is_softmax_of_the_scores_over_the_visible_keys(n_kv_head, T, S):
     """Head after head, written out; every query head reads its group's keys; the mask as
-    GPT.forward folds it, and none is causal."""
+    GPT.forward folds it."""
     torch.manual_seed(0)
     q = torch.randn(2, 4, T, 8, dtype=torch.float64)
     k, v = torch.randn(2, 2, n_kv_head, S, 8, dtype=torch.float64)
@@ -47,12 +47,9 @@ def test_attend_is_softmax_of_the_scores_over_the_visible_keys(n_kv_head, T, S):
             scores[~sees] = -torch.inf
             expected[b, head] = scores.softmax(-1) @ v[b, group]
     mask = torch.zeros(T, S, dtype=torch.float64).masked_fill(~sees, -torch.inf)
-    found = attend(q, k, v, torch.cat([mask] * (4 // n_kv_head)))
-    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
-    if T == S:
-        causal = torch.full((T, S), -torch.inf, dtype=torch.float64).triu(1)
-        masked = attend(q, k, v, torch.cat([causal] * (4 // n_kv_head)))
-        assert torch.allclose(attend(q, k, v, None), masked, rtol=1e-12, atol=1e-12)
+    mask = torch.cat([mask] * (4 // n_kv_head))
+    for query in (q, q.clone().requires_grad_()):  # decoding, training
+        assert torch.allclose(attend(query, k, v, mask), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
@@ -103,6 +100,17 @@ def test_rope_is_the_formula_of_the_paper():
 # ---- the cache --------------------------------------------------------------
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_attention_of_training_equals_that_of_decoding(config):
+    """A frozen model uses torch's fused kernel; one that is trained, plain products."""
+    model = tiny(**config)
+    ids = some_ids(24)
+    trained = forward(model.requires_grad_(True), ids)
+    frozen = forward(model.requires_grad_(False), ids)
+    assert trained.requires_grad and not frozen.requires_grad
+    assert (trained - frozen).abs().max() <= 1e-10 * frozen.abs().max()
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_cached_forward_equals_uncached(config):
     """A prompt at once, then a few tokens a pass, then one, gives the logits of the whole row in
     float64; over a cache that holds another answer, read in part or whole."""
@@ -127,17 +135,18 @@ def test_cache_only_grows_and_has_the_models_type():
     model = tiny().bfloat16()
     names = list(model.state_dict())
     model.setup_cache(16)
-    cache = model.model.layers[1].self_attn.cache
-    assert cache.k.shape == cache.v.shape == (1, 2, 16, 4)
-    assert cache.k.dtype == torch.bfloat16 and len(model.owner) == 16
+    attention = model.model.layers[1].self_attn
+    cache = attention.v_cache
+    assert cache.shape == (1, 2, 16, 4)
+    assert cache.dtype == torch.bfloat16 and len(model.owner) == 16
     model.owner.fill_(3)  # of an answer that was interrupted in the middle of a block
     model.setup_cache(9)
-    assert model.model.layers[1].self_attn.cache is cache and len(model.owner) == 16
+    assert attention.v_cache is cache and len(model.owner) == 16
     assert not model.owner.any(), "no slot is a branch's"
-    cache.k.fill_(1)
+    cache.fill_(1)
     model.setup_cache(17)
-    assert model.model.layers[1].self_attn.cache.k.shape == (1, 2, 17, 4)
-    assert not model.model.layers[1].self_attn.cache.k.any() and len(model.owner) == 17
+    assert attention.k_cache.shape == attention.v_cache.shape == (1, 2, 17, 4)
+    assert not attention.v_cache.any() and len(model.owner) == 17
     assert list(model.state_dict()) == names
 
 
