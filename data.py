@@ -82,7 +82,6 @@ class Mark(NamedTuple):
     level: str        # of LEVELS, or conclusion, paragraph (starts), text, blank, opaque, done
     rank: float = 99
     kind: tuple = ()  # level, rank, notation: what siblings have in common; empty if there are none
-    number: int = 0   # 0 where it has none
 
 
 def bare(text):
@@ -90,22 +89,18 @@ def bare(text):
     return text[MARKER.match(text).end():]
 
 
-def script_of(symbol, letters):
-    """The script of a number: 1, 一, i, I, a or A. letters: those read before, to which one is
-    added; "i" goes on from "h", or is Roman."""
+def script_of(symbol):
+    """The script of a number: 1, 一, i, I, a or A."""
     if symbol.isdecimal():
         return "1"
     if not symbol.isascii():
         return "一"
-    previous = chr(ord(symbol[0]) - 1)
-    if not symbol.strip("ivxIVX") and letters[-1:] != [previous]:
-        return "I" if symbol.isupper() else "i"
-    letters.append(symbol)
-    return "A" if symbol.isupper() else "a"
+    script = "a" if symbol.strip("ivxIVX") else "i"
+    return script.upper() if symbol.isupper() else script
 
 
-def read_mark(line, below, above, letters):
-    """The Mark of a line. below: the next; above: the level of the last; letters: see script_of."""
+def read_mark(line, below, above):
+    """The Mark of a line. below: the next line; above: the level of the one before."""
     content = line.strip().strip("-=*_ \t")  # nothing, where it is a rule of dashes
     if not content:
         return Mark("blank")
@@ -114,7 +109,7 @@ def read_mark(line, below, above, letters):
     depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2  # in steps of two columns
     for level, rank, pattern in LEVELS:
         m = pattern.match(line.lstrip() + below)
-        if not m or depth > (6 if rank == LIST else 1):
+        if not m or (depth > 1 and rank != LIST):
             continue
         if rank is None:
             rank = len(m[1])
@@ -122,9 +117,9 @@ def read_mark(line, below, above, letters):
             rank += depth
         if rank < LIST and re.match(CONCLUSION, bare(line)):
             return Mark("conclusion", rank - 0.5)  # further out, so that it ends a run of its rank
-        script = script_of(m[2], letters) if level == "number" else ""
-        return Mark(level, rank, (level, rank, m[1] + script), int(m[2]) if script == "1" else 0)
-    return Mark("paragraph", LIST + depth) if above in ("blank", "opaque") else Mark("text")
+        script = script_of(m[2]) if level == "number" else ""
+        return Mark(level, rank, (level, rank, m[1] + script))
+    return Mark("paragraph" if above in ("blank", "opaque") else "text")
 
 
 def read_marks(text):
@@ -133,10 +128,9 @@ def read_marks(text):
     lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
     names = Counter(re.split("[:：]", line)[0] for line in lines)
     marks = []
-    letters = []
     for line, below in zip(lines, [*lines[1:], ""]):
         above = marks[-1].level if marks else "blank"
-        mark = read_mark(line, below, above, letters)
+        mark = read_mark(line, below, above)
         if mark.level in ("label", "bold label"):
             repeated = names[re.split("[:：]", line)[0]] > 1  # a field that every item has
             if repeated or above not in ("blank", "bullet"):  # a field of what stands above it
@@ -166,22 +160,21 @@ def find_runs(lines, marks, stretch, kind):
     runs = []
     unbroken = False  # does the next part go on with the run?
     for i, following in zip(starts, [*starts[1:], stretch.stop]):
-        if not unbroken or marks[i].number < marks[runs[-1].starts[-1]].number:
+        if not unbroken:
             runs.append(Run([], i, allowed=1 if rank < LIST else 0))
         run = runs[-1]
         run.starts.append(i)
         run.end = next((k for k in range(i + 1, following) if marks[k].rank < rank), following)
-        held = [k for k in range(i + 1, run.end)
-                if marks[k].level == "paragraph" and marks[k].rank <= max(rank, LIST)]
+        paragraphs = [k for k in range(i + 1, run.end) if marks[k].level == "paragraph"]
         # A conclusion, or a paragraph more than the parts before held, is no longer the part's: the
         # answer goes on. ("- a / - b / And so on." ends a list.) Below a heading it may still be,
         # if another heading follows.
-        beyond = [k for n, k in enumerate(held)
+        beyond = [k for n, k in enumerate(paragraphs)
                   if n >= run.allowed or re.match(CONCLUSION, bare(lines[k]))]
         is_last = run.end < following or following == stretch.stop
         if beyond and len(run.starts) > 1 and (is_last or rank >= LIST):
             run.end = beyond[0]
-        run.allowed = max(run.allowed, len(held))
+        run.allowed = max(run.allowed, len(paragraphs))
         unbroken = run.end == following
     return [run for run in runs if len(run.starts) > 1]
 
@@ -231,18 +224,13 @@ def make_block(text, starts, parts, titles):
 TERM = r"[^\W_](?:[\w.,'-]*\w)?"  # a word, a name or a number
 
 
-def stem(word):
-    """A word without case and plural."""
-    return word.lower().rstrip("s")
-
-
 class Siblings(NamedTuple):
     """A run, as the rules see it."""
     parts: list       # texts
     titles: list
     block: Block      # what the run would become
     start: int        # of the first part in the answer
-    first_said: dict  # {stem: where the answer says it first, below 0 in the prompt}
+    first_said: dict  # {word: where the answer says it first, below 0 in the prompt}
 
     def say(self, pattern):
         """Does a part, its marker aside, match?"""
@@ -250,13 +238,12 @@ class Siblings(NamedTuple):
 
     def taken_up(self, brings, takes):
         """How many things does one part bring in and a later one take up, once for every such part?
-        What a title, the text above or the prompt names does not count. brings, takes: patterns."""
-        known = set(map(stem, re.findall(TERM, " ".join(self.titles))))
+        What the text above or the prompt names does not count. brings, takes: patterns."""
         n = 0
         brought = set()
         for part, title in zip(self.parts, self.titles):
-            own = set(map(stem, re.findall(brings, part)))
-            taken = set(map(stem, re.findall(takes, part[len(title):]))) & (brought - known)
+            own = set(re.findall(brings, part))
+            taken = brought.intersection(re.findall(takes, part[len(title):]))
             if brings != takes:
                 taken -= own  # "a fox ... the fox" in one part
             n += sum(self.first_said.get(word, -1) >= self.start for word in taken)
@@ -275,8 +262,7 @@ def saves_nothing(siblings):
 
 def repeats_a_title(siblings):
     """titles are not distinct"""
-    distinct = {bare(title).strip(" *:_").lower() for title in siblings.titles}
-    return len(distinct) < len(siblings.titles)
+    return len(set(map(bare, siblings.titles))) < len(siblings.titles)
 
 
 def skips_a_number(siblings):
@@ -382,7 +368,7 @@ def extract(text, prompt=""):
     start = [0, *itertools.accumulate(map(len, lines))]  # of each line in the text
     first_said = {}
     for m in re.finditer(TERM, prompt + "\n" + text):
-        first_said.setdefault(stem(m[0]), m.start() - len(prompt) - 1)
+        first_said.setdefault(m[0], m.start() - len(prompt) - 1)
     blocks = {}  # by where they start
     refusals = []
     stretches = [range(len(lines))]

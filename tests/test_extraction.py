@@ -209,7 +209,6 @@ NOTATIONS = {  # markers of siblings, a blank after them or not
     "right-aligned numbers": [" 9. ", "10. ", "11. "],
     "a colon after some": ["First: ", "Second, ", "Third: "],
     "adverbs": ["Firstly, ", "Secondly: ", "Thirdly, "],
-    "letters that could be Roman": ["g. ", "h. ", "i. ", "j. "],
     "Roman numbers": ["iv. ", "v. ", "vi. "],
     "bold numbers": ["**1.** ", "**2.** ", "**3.** "],
     "circles": ["・", "・", "・"],
