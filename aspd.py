@@ -239,11 +239,11 @@ def metrics(answers):
 
     return {
         "answers": len(answers),
-        "PPD": len(parallel) / max(len(answers), 1),  # share of the answers that have a block
-        "ABN": mean([n for s in parallel for n in s.branches]),       # branches of a block
-        "APD": mean([s.branch_tokens / s.tokens for s in parallel]),  # share inside branches
-        "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # and of it, no title
-        "speedup": mean([s.speedup for s in answers]),  # the ideal one
+        "PPD": mean([bool(s.branches) for s in answers]),  # share of the answers with a block
+        "ABN": mean([n for s in parallel for n in s.branches]),               # branches a block
+        "APD": mean([s.branch_tokens / s.tokens for s in parallel]),          # share in branches
+        "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # of it, no title
+        "speedup": mean([s.speedup for s in answers]),                        # the ideal one
         "best": max((s.speedup for s in answers), default=0),
     }
 

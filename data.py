@@ -246,7 +246,7 @@ class Siblings(NamedTuple):
             taken = brought.intersection(re.findall(takes, part[len(title):]))
             if brings != takes:
                 taken -= own  # "a fox ... the fox" in one part
-            n += sum(self.first_said.get(word, -1) >= self.start for word in taken)
+            n += sum(self.first_said.get(word, self.start) >= self.start for word in taken)
             brought |= own
         return n
 
@@ -572,13 +572,13 @@ def read_prompts(path):
 
 def write_whole(path, lines):
     """Writes lines to a file whole or not at all; a link or a device stays what it is."""
-    path = Path(path).resolve()
+    path = Path(path)
     # a lone surrogate is written as JSON escapes it, \ud83d
     data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
     if path.is_file() or not path.exists():
-        temporary = Path(f"{path}.tmp")
+        temporary = Path(f"{path.resolve()}.tmp")
         temporary.write_bytes(data)
-        temporary.replace(path)
+        temporary.replace(path.resolve())
     else:
         path.write_bytes(data)
 

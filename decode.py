@@ -72,8 +72,8 @@ def forward_pass(model, allow, fed, choose, u, sampling, seen):
 
     fed: (4, W) int64: token, position, branch and slot of the W tokens fed; the slots become the
     branches'. choose: (2, L) int64: after which L of them to choose a token, and in which state.
-    allow: (6, V), the grammar. u: (L,) and sampling, a tuple: see sample(). seen: slots that are read.
-    A token is -1 where the logits are not finite.
+    allow: (6, V), the grammar. u: (L,) and sampling, a tuple: see sample(). seen: slots that are
+    read. A token is -1 where the logits are not finite.
     """
     token, position, branch, slot = fed
     pick, state = choose
@@ -438,6 +438,25 @@ def parse_args():
     return p.parse_args()
 
 
+def show_answer(lm, prompt, settings):
+    """Decodes and prints an answer, live on a terminal -> the Answer's fields, for --json."""
+    view = View(lm.tokenizer, sys.stdout)
+    watch = view if sys.stdout.isatty() else None
+    try:
+        answer = generate(lm, prompt, watch=watch, **settings)
+        view.write(answer.text)
+    finally:  # after Ctrl-C, too, no branch lines are left
+        view.write(view.text)
+        view.out.write("\n")
+    print(f"\n{answer.tokens} tokens in {answer.steps} steps, "
+          f"branches {[len(block) for block in answer.blocks]}, "
+          f"{answer.tokens / answer.seconds:.0f} tokens/s, first after "
+          f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}\n", file=sys.stderr)
+    fields = vars(answer)
+    del fields["segments"]
+    return fields
+
+
 def main():
     """The command line."""
     args = parse_args()
@@ -446,23 +465,13 @@ def main():
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
     settings = {name: getattr(args, name) for name in SETTINGS}
     results = []
-    for record in prompts:
-        view = View(lm.tokenizer, sys.stdout)
-        watch = view if sys.stdout.isatty() else None
-        try:
-            answer = generate(lm, record["prompt"], watch=watch, **settings)
-            view.write(answer.text)
-        finally:  # after Ctrl-C, too, no branch lines are left
-            view.write(view.text)
-            view.out.write("\n")
-        print(f"\n{answer.tokens} tokens in {answer.steps} steps, "
-              f"branches {[len(block) for block in answer.blocks]}, "
-              f"{answer.tokens / answer.seconds:.0f} tokens/s, first after "
-              f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}\n", file=sys.stderr)
-        results.append(record | vars(answer))
-        del results[-1]["segments"]
-    if args.json:
-        write_whole(args.json, [json.dumps({"results": results}, ensure_ascii=False, indent=1)])
+    try:
+        for record in prompts:
+            results.append(record | show_answer(lm, record["prompt"], settings))
+    finally:  # after an error or Ctrl-C, too: what there is
+        if args.json:
+            text = json.dumps({"results": results}, ensure_ascii=False, indent=1)
+            write_whole(args.json, [text])
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ def complete(args):
             check(value > 0, f"--{name.replace('_', '-')} must be over 0, not {value}")
     check(args.accumulate % WORLD == 0,
           f"--accumulate {args.accumulate} cannot be divided by {WORLD} processes")
+    check(WORLD == 1 or ":" not in args.device,
+          f"--device {args.device}: torchrun gives every process a device of its own")
     check_device(args.device)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import decode
 from helpers import fails, save_tiny, write_answers
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,17 @@ def test_output_that_fails_midway_leaves_what_was_there(tmp_path, monkeypatch, c
     before = sorted(tmp_path.iterdir())
     assert "line 2101" in fails(data, [tmp_path / "late.jsonl", "--out", out], monkeypatch, capsys)
     assert sorted(tmp_path.iterdir()) == before and (old is None or out.read_text() == old)
+
+
+def test_answers_before_a_failure_are_not_lost(files, tmp_path, monkeypatch, capsys):
+    """decode.py --json holds them: here the second of three prompts is too long."""
+    prompts = [{"prompt": "p"}, {"prompt": "p" * 9999}, {"prompt": "p"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    argv = ["--ckpt", files / "ckpt", "--prompts", tmp_path / "prompts.jsonl", "--json", tmp_path / "out.json",
+            "--max-new-tokens", "3"]
+    assert "the context only" in fails(decode, argv, monkeypatch, capsys)
+    [result] = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert result["prompt"] == "p" and result["steps"] > 0
 
 
 def run(*argv):

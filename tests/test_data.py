@@ -529,6 +529,8 @@ def test_output_to_a_link_or_a_device_leaves_them_what_they_are(tmp_path):
     assert Path(os.devnull).is_char_device()
 
 
-def test_a_file_is_read_once_so_that_it_may_be_a_pipe(tmp_path):
-    done = run("/dev/stdin", input=GOOD * 3)
+def test_input_and_output_may_be_pipes():
+    """The file is read once, and written to as it is."""
+    done = run("/dev/stdin", "--out", "/dev/stdout", input=GOOD * 3)
     assert done.returncode == 0 and re.search(rb"all +3 ", done.stdout), done.stderr
+    assert done.stdout.count(b'"segments": ["r"]') == 3
