@@ -39,14 +39,11 @@ from model import map_file, read_json
 NUMBER = (r"(\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
           r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")
 BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it closes it with \1
-# A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:"). A
-# sentence is none; it only introduces what stands below it ("A good report has three properties:").
+# A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:"). One
+# alone on its line is of another kind: it may only introduce what stands below it ("Keep in mind:").
 NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
         r"(?: [^\s:：.!?,]{1,30}){0,2}")
-SENTENCE = (
-    r"(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\b"
-    r"|[一-鿿ぁ-ヿ]{9}|[^:：\n]{0,90}(?:有|是|[以如]下"
-    r"|\b(?:is|are|was|were|ha[sd]|have|this|these|needs?|follow\w*|includ\w*|two|three|four)\b)")
+SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
 LIST = 10  # the rank of list items; what has a smaller one (a heading) stands above its text
 LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
     # Name, rank (the smaller, the further out), pattern of a line and the one below it; the first
@@ -59,14 +56,16 @@ LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
     ("number", LIST, r"((?:\*\*|__)?[(（]?)" + NUMBER),
     ("bullet", LIST, r"([-*+–](?=[ \t]+\S)|[•‣◦▪●・](?=[ \t]*\S))"),
     ("bold label", 8, BOLD + r"(?:[:：]\1|\1[:：])"),
+    ("lone label", 8, rf"()(?!{SENTENCE}){NAME}[:：][ \t\r]*$"),  # its text stands below it
     ("label", 8, rf"()(?!{SENTENCE}){NAME}(?::(?=\s|$)|：)"),
 ]]
 OPAQUE = re.compile(r"""(?mx)  # what is never cut; if it is not closed, it lasts to the end
-    \A (?: [\s\S]*? </think> | \s* <think> [\s\S]* )          # reasoning
-    | ^[ \t]* (?: (`{3,}) (?!`) [^`\n]* | (~{3,}) (?!~) .* )$  # a fence
+    \A (?: [\s\S]* </think> | \s* <think> [\s\S]* )          # reasoning
+    | ^[ \t]* (?: (?:[-*+•] | \d+[.)]) [ \t]+ )?  # a fence, which a list item may open with
+      (?: (`{3,}) (?!`) [^`\n]* | (~{3,}) (?!~) .* )$
       [\s\S]*? (?: ^[ \t]* (?: \1`* | \2~* ) [ \t\r]*$ | \Z )
     | ^[ \t]*\$\$ (?! .*\$\$ ) [\s\S]*? (?: \$\$ | \Z )      # $$ formula $$
-    | ^ (?: .*\\\[[ \t\r]*$ | [ \t]*\\\[ (?! .*\\\] ) ) [\s\S]*? (?: \\\] | \Z )  # \[ formula \]
+    | ^ .*\\\[ (?! .*\\\] ) [\s\S]*? (?: \\\] | \Z )  # \[ formula \]
     | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*                      # a row of a table; a short formula
     """)
 HIDDEN = "\0"  # replaces every character of it, so that all others keep their places
@@ -89,18 +88,22 @@ def bare(text):
     return text[MARKER.match(text).end():]
 
 
-def script_of(symbol):
-    """The script of a number: 1, 一, i, I, a or A."""
+def script_of(symbol, letters):
+    """The script of a number: 1, 一, i, I, a or A. letters: those read before, to which one is
+    added; "i" goes on from "h", or is Roman."""
     if symbol.isdecimal():
         return "1"
     if not symbol.isascii():
         return "一"
-    script = "a" if symbol.strip("ivxIVX") else "i"
-    return script.upper() if symbol.isupper() else script
+    previous = chr(ord(symbol[0]) - 1)
+    if not symbol.strip("ivxIVX") and letters[-1:] != [previous]:
+        return "I" if symbol.isupper() else "i"
+    letters.append(symbol)
+    return "A" if symbol.isupper() else "a"
 
 
-def read_mark(line, below, above):
-    """The Mark of a line. below: the next line; above: the level of the one before."""
+def read_mark(line, below, above, letters):
+    """The Mark of a line. below: the next; above: the level of the last; letters: see script_of."""
     content = line.strip().strip("-=*_ \t")  # nothing, where it is a rule of dashes
     if not content:
         return Mark("blank")
@@ -117,7 +120,7 @@ def read_mark(line, below, above):
             rank += depth
         if rank < LIST and re.match(CONCLUSION, bare(line)):
             return Mark("conclusion", rank - 0.5)  # further out, so that it ends a run of its rank
-        script = script_of(m[2]) if level == "number" else ""
+        script = script_of(m[2], letters) if level == "number" else ""
         return Mark(level, rank, (level, rank, m[1] + script))
     return Mark("paragraph" if above in ("blank", "opaque") else "text")
 
@@ -128,10 +131,11 @@ def read_marks(text):
     lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
     names = Counter(re.split("[:：]", line)[0] for line in lines)
     marks = []
+    letters = []
     for line, below in zip(lines, [*lines[1:], ""]):
         above = marks[-1].level if marks else "blank"
-        mark = read_mark(line, below, above)
-        if mark.level in ("label", "bold label"):
+        mark = read_mark(line, below, above, letters)
+        if mark.level.endswith("label"):
             repeated = names[re.split("[:：]", line)[0]] > 1  # a field that every item has
             if repeated or above not in ("blank", "bullet"):  # a field of what stands above it
                 mark = Mark("text")
@@ -267,10 +271,10 @@ def repeats_a_title(siblings):
 
 def skips_a_number(siblings):
     """its numbers skip one that a line inside a part starts with"""
-    openings = [re.match(r"\W*(\d{1,9})", part) for part in siblings.parts]
+    openings = [re.match(r"\W*(?:[A-Z][a-z]+ )?(\d{1,9})", part) for part in siblings.parts]
     numbers = [int(m[1]) if m else 0 for m in openings]
     for part, low, high in zip(siblings.parts, numbers, numbers[1:]):
-        inside = map(int, re.findall(r"\n[^\w\n]*(\d{1,9})", part))
+        inside = map(int, re.findall(r"\n[^\w\n]*(?:[A-Z][a-z]+ )?(\d{1,9})", part))
         if low > 0 and any(low < number < high for number in inside):
             return True
     return False
@@ -302,7 +306,7 @@ def goes_on(siblings):
 
 POINTS = (  # "Repeat this process", "as said above", "from step 2", "the previous section"
     r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-    r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b|[上前]一[步项条节点]|[上前]述|如上|上記"
+    r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b|[上前]一[个個]?(?:步|项|节|節|部分|题|題|阶段)|[上前]述|如上|上記"
     r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
 
 
@@ -335,7 +339,7 @@ NOUN = (  # after up to two words, and before what is not part of its phrase: "o
     r"| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that|who|which)\b)")
 A_THING = rf"\b(?:[Aa]n?|one|some) {NOUN}"                  # "a deep hole,"
 THE_THING = rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))"          # "the hole.", not "the hole that"
-SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}) who\b"  # "a captain who"
+SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}?)s? who\b"  # "a captain who"
 
 
 def takes_up_things(siblings):

@@ -184,6 +184,9 @@ OPAQUE = {  # a region that holds what looks like a list
     "formula between brackets": f"\\[\n{LISTED}\\]\n",
     "formula that opens at the end of a line": f"So we have \\[\n{LISTED}\\]\n",
     "reasoning": f"<think>\n{LISTED}</think>\n",
+    "formula that opens within a line": f"Then \\[ y =\n{LISTED}\\]\n",
+    "fence that opens on an item's line": f"- ```yaml\n{LISTED}  ```\n",
+    "reasoning, twice": f"<think>\nx\n</think>\nOK:\n<think>\n{LISTED}</think>\n",
     "reasoning whose start was in the prompt": f"First I think.\n{LISTED}</think>\n",
 }
 
@@ -209,6 +212,7 @@ NOTATIONS = {  # markers of siblings, a blank after them or not
     "right-aligned numbers": [" 9. ", "10. ", "11. "],
     "a colon after some": ["First: ", "Second, ", "Third: "],
     "adverbs": ["Firstly, ", "Secondly: ", "Thirdly, "],
+    "letters that could be Roman": ["g. ", "h. ", "i. ", "j. "],
     "Roman numbers": ["iv. ", "v. ", "vi. "],
     "bold numbers": ["**1.** ", "**2.** ", "**3.** "],
     "circles": ["・", "・", "・"],
@@ -228,11 +232,13 @@ def test_a_run_that_skips_the_number_of_a_line_is_refused():
     answer = f"1. Walk: {WALK}.\n2 - Sit: {FOOD}.\n3. Rest: {REST}.\n"
     assert blocks(answer) == [] and "its numbers skip one that a line inside a part starts with" in reasons(answer)
     assert len(blocks(answer.replace("2 - Sit", "Sit"))) == 1
+    steps = f"Step 1: {WALK}.\n\nStep 2 - {FOOD}.\n\nStep 3: {REST}.\n"
+    assert blocks(steps) == [] and reasons(answer) == reasons(steps)
 
 
 @pytest.mark.parametrize("line", [
     "A good report has three properties:", "The plan includes two stages:", "You need the following:",
-    "There are several reasons for this:", "Consider these:", "好的报告有三个特点："])
+    "There are several reasons for this:", "Consider these:", "Keep in mind:", "For example:", "Do it in six steps:", "好的报告有三个特点："])
 def test_a_line_that_introduces_a_list_is_no_label(line):
     """The list below it is cut, not the line and what comes after."""
     answer = f"{line}\n\n{LISTED}\nCost: {FOOD}, which is about all that there is to say.\n"
@@ -272,7 +278,9 @@ REFUSED = {  # reason: answers
     "takes up things of a sibling": [
         f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n",
         f"- Ship: there is a captain who tells all men to {WALK}.\n"
-        f"- Storm: the captain's hat is lost, so they {REST}.\n"],
+        f"- Storm: the captain's hat is lost, so they {REST}.\n",
+        f"- Ship: there is a princess who tells all men to {WALK}.\n"
+        f"- Storm: the princess's hat is lost, so they {REST}.\n"],
     "goes on with a sibling's story": [
         f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
         f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n"],
