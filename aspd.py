@@ -32,7 +32,10 @@ import torch
 
 # For reading only: a tokenizer has six ids for them, which no text ever becomes.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
-POSITIONS = ("aspd", "longest")
+# How far a block moves the serial stream on (section 3.3), by its branches' row tokens: by all, as
+# if they had been written one after the other, or by the longest. Either way no two tokens of a
+# stream share a position, and all positions are below the row's length.
+POSITIONS = {"aspd": sum, "longest": max}
 MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>, which count in the row as the branch's tokens do
 IGNORE = -100      # "no target here": the value that cross_entropy skips
@@ -50,9 +53,8 @@ def naming(where):
     try:
         yield
     except Exception as e:
-        reason = " ".join(str(e).split())
-        if isinstance(e, KeyError):  # str() gives nothing but the key
-            reason = f"no {e}"
+        text = f"no {e}" if isinstance(e, KeyError) else str(e)  # str() of it is only the key
+        reason = " ".join(text.split())
         place = "" if reason.startswith(str(where)) else f"{where}: "  # not twice, where they nest
         raise ValueError(f"{place}{reason:.300}") from None
 
@@ -76,9 +78,8 @@ def pieces(segments):
     """Yields the texts (or lists of ids) that make up the plain answer, in their order."""
     for segment in segments:
         if isinstance(segment, Block):
-            for title, rest in segment:
-                yield title
-                yield rest
+            for branch in segment:
+                yield from branch  # its title, then its rest
         else:
             yield segment
 
@@ -123,20 +124,15 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     A token is chosen, by the model, or forced: fed by the engine without asking it, as the prompt,
     <|branch|>, repeated titles and <|/para|> are. Only chosen ones are targets.
     prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row. tags: a
-    Tags, needed for blocks. positions: one of POSITIONS; ValueError for another.
+    Tags, needed for blocks. positions: one of POSITIONS.
     """
-    check(positions in POSITIONS, f"unknown position scheme {positions!r}, not one of {POSITIONS}")
-    token, block, branch, position, chosen = [], [], [], [], []
+    row = []  # of each token: itself, block, branch, position, is it chosen?
 
-    def add(tokens, start, is_chosen, in_block=0, in_branch=0):
+    def add(tokens, start, is_chosen, block=0, branch=0):
         """Adds a piece at positions start, start + 1, ...; returns the position after it."""
-        n = len(tokens)
-        token.extend(tokens)
-        block.extend([in_block] * n)
-        branch.extend([in_branch] * n)
-        position.extend(range(start, start + n))
-        chosen.extend([is_chosen] * n)
-        return start + n
+        for position, token in enumerate(tokens, start):
+            row.append((token, block, branch, position, is_chosen))
+        return start + len(tokens)
 
     n_blocks = 0
     at = add(prompt, 0, False)  # at: the next position of the serial stream
@@ -153,22 +149,16 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
             start = add([tags.branch] + title, at, False, n_blocks, number)
             add(rest + [tags.branch_end], start, True, n_blocks, number)
         lengths = [len(title + rest) + BRANCH_TAGS for title, rest in segment]
-        at += serial_advance(lengths, positions)
+        at += POSITIONS[positions](lengths)
         at = add([tags.para_end], at, False)
 
     # A chosen token is the target of the one before it in the row. That one is of its own stream,
     # for every stream (the answer, a branch, what follows a block) begins with a forced token: what
     # stands behind a <|/branch|> is a forced <|branch|> or <|/para|>, and so no target.
+    token, block, branch, position, chosen = zip(*row)
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
     return Row(*map(torch.tensor, (token, block, branch, position, target)))
-
-
-def serial_advance(lengths, positions):
-    """How far a block with branches of these row tokens moves the serial stream on (section 3.3):
-    by all, as if they had been written one after the other, or by the longest. Either way no two
-    tokens of a stream share a position, and all positions are below the row's length."""
-    return sum(lengths) if positions == "aspd" else max(lengths)
 
 
 # ---- one rule, stated twice: who sees whom ----------------------------------
@@ -204,11 +194,6 @@ class Stats:
     title_tokens: int = 0
     branches: tuple = ()    # how many, of each block
 
-    @property
-    def speedup(self):
-        """The ideal one: tokens a pass, as if a wide pass took no longer than a narrow one."""
-        return self.tokens / self.steps if self.steps else 1.0
-
 
 def stats(segments):
     """Segments of ids -> Stats (section 4.1). The adaptive engine takes exactly these steps."""
@@ -218,13 +203,12 @@ def stats(segments):
             s.steps += len(segment)
             continue
         titles = sum(len(title) for title, _ in segment)
-        rests = sum(len(rest) for _, rest in segment)
-        longest = max(len(rest) for _, rest in segment)
+        rests = [len(rest) for _, rest in segment]
         s.steps += titles + 2 * len(segment)  # serial: every title, between its tags
         s.steps += 1                          # <|para|> and all prefixes, <|branch|> + title
-        s.steps += longest + 1                # side by side, to the <|/branch|> of the longest
+        s.steps += max(rests) + 1             # side by side, to the <|/branch|> of the longest
         s.steps += 1                          # <|/para|>
-        s.branch_tokens += titles + rests
+        s.branch_tokens += titles + sum(rests)
         s.title_tokens += titles
         s.branches += (len(segment),)
     return s
@@ -233,6 +217,8 @@ def stats(segments):
 def metrics(answers):
     """The paper's figures over the Stats of many answers, a list -> dict (section 4.1)."""
     parallel = [s for s in answers if s.branches]
+    # The ideal ones: tokens a pass, as if a wide pass took no longer than a narrow one.
+    speedups = [s.tokens / s.steps for s in answers]
 
     def mean(values):
         return sum(values) / max(len(values), 1)
@@ -243,8 +229,8 @@ def metrics(answers):
         "ABN": mean([n for s in parallel for n in s.branches]),               # branches a block
         "APD": mean([s.branch_tokens / s.tokens for s in parallel]),          # share in branches
         "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # of it, no title
-        "speedup": mean([s.speedup for s in answers]),                        # the ideal one
-        "best": max((s.speedup for s in answers), default=0),
+        "speedup": mean(speedups),
+        "best": max(speedups, default=0),
     }
 
 

@@ -423,13 +423,12 @@ def split_held_out(records):
 
 
 def make_rows(records, tokenizer, config, mode="aspd"):
-    """Answers -> (Rows, Stats), two lists, without those whose tagged row exceeds the context.
+    """Answers -> a list of Rows, without those whose tagged row exceeds the context.
 
     mode: "aspd" is tagged, "serial" the plain answer. Both leave out the same answers, so that
     their models can be compared."""
     tags = tokenizer.tags or Tags(*[tokenizer.eos] * 6)  # stand-ins, for the length
     rows = []
-    counted = []
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt = tokenizer.prompt(r["prompt"])
         segments, _ = extract(r["response"], r["prompt"])
@@ -440,8 +439,7 @@ def make_rows(records, tokenizer, config, mode="aspd"):
         if mode == "serial":
             row = layout(prompt, [tokenizer.encode(r["response"])], tokenizer.eos)
         rows.append(row)
-        counted.append(stats(ids))
-    return rows, counted
+    return rows
 
 
 def batches(lengths, batch_size, seed):

@@ -12,7 +12,6 @@ belongs to; when it ends, its slots become everybody's. Nothing is moved, copied
 """
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -21,16 +20,15 @@ from pathlib import Path
 
 import torch
 
-from aspd import (BRANCH_TAGS, MAX_BRANCHES, Block, Branch, cache_mask, check, plain,
-                  serial_advance)
+from aspd import BRANCH_TAGS, MAX_BRANCHES, POSITIONS, Block, Branch, cache_mask, check, plain
 from data import Tokenizer, cli, printable, published_tokenizer, read_prompts, write_whole
 from model import check_device, from_checkpoint, from_published, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
-SETTINGS = ("mode", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
-            "max_branches")  # of the command line, handed to generate()
+# Of the command line, handed to generate().
+SETTINGS = "mode system max_new_tokens temperature top_k top_p seed max_branches".split()
 
 
 # ---- grammar and sampling ---------------------------------------------------
@@ -54,10 +52,16 @@ def grammar(tokenizer, vocab_size):
     return allow
 
 
-def sample(logits, u, temperature, top_k, top_p):
-    """One token a row: logits (W, V) -> (W,). u (W,): a random number in [0, 1) for each. The other
-    arguments are generate()'s."""
-    if temperature == 0:
+def sampling_settings(temperature, top_k, top_p, device):
+    """generate()'s -> the last arguments of sample(): tensors, so that other values compile nothing
+    again, and the number of candidates."""
+    return *torch.tensor([max(temperature, 1e-6), top_p], device=device), top_k if temperature else 1
+
+
+def sample(logits, u, temperature, top_p, top_k):
+    """One token a row: logits (W, V) -> (W,). u (W,): a random number in [0, 1) for each. top_k 1
+    is greedy, 0 are all."""
+    if top_k == 1:
         return logits.argmax(-1)
     values, indices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # best first
     p = ((values - values[:, :1]) / temperature).softmax(-1)  # the best is 0: no overflow
@@ -120,8 +124,7 @@ def load(path="out", device="cpu", dtype=None, compile=False):
         state = read_checkpoint(path)
         model = from_checkpoint(state, path)
         tokenizer = Tokenizer(**state["tokenizer"])
-    check(tokenizer.vocab_size <= model.config.vocab_size, f"{path}: the tokenizer has "
-          f"{tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+    check(tokenizer.vocab_size <= model.config.vocab_size, f"{path}: more token ids than rows")
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
     return LM(model.to(device, getattr(torch, dtype)), tokenizer, compile)
 
@@ -153,16 +156,14 @@ class Budget:
         """May one more title start, so that every branch still gets MIN_BRANCH tokens after its
         title? In a new block two must fit."""
         new = 1 if block else 2
-        branches = len(block) + new
-        titles = sum(len(title) for title, _ in block) + new * TITLE_CAP
-        needed = new * (1 + TITLE_CAP + 1)  # the new titles, between their tags
-        needed += 1 + 1                     # <|para|> and <|/para|>
-        needed += titles + branches * (MIN_BRANCH + BRANCH_TAGS)  # titles again, as prefixes
-        return branches <= self.max_branches and needed <= self.left
+        longer = [*block, *[Branch([None] * TITLE_CAP, [])] * new]
+        after_titles = Budget(self.left - new * (1 + TITLE_CAP + 1), self.max_branches)
+        return len(longer) <= self.max_branches and after_titles.quota(longer) >= MIN_BRANCH
 
     def quota(self, block):
         """Tokens that each branch may have after its title: an equal share of what is left, so that
         it does not depend on the order in which the branches are decoded."""
+        # <|para|> and <|/para|>, and the titles again, as prefixes
         forced = 1 + 1 + sum(len(title) + BRANCH_TAGS for title, _ in block)
         return (self.left - forced) // len(block)
 
@@ -170,10 +171,10 @@ class Budget:
 @dataclass
 class Lane:
     """A branch that is being written."""
-    number: int     # 1, 2, ... within its block
-    branch: Branch  # title and rest so far; its lists grow in place
-    position: int   # of the next token
-    token: int = -1  # the next token, chosen but not yet fed
+    number: int    # 1, 2, ... within its block
+    rest: list     # what has been chosen, after its title; grows in place
+    position: int  # of the first token in next
+    next: list     # tokens to feed: at first the prefix, then one, at last none
 
 
 class Engine:
@@ -186,8 +187,8 @@ class Engine:
         self.budget = budget
         self.sampling = sampling  # the last arguments of sample()
         self.watch = watch
-        slots = max(budget.left + 1, 256)  # one more, for padding; a power of two, for few sizes
-        lm.model.setup_cache(power_of_two(slots))
+        # The power of two above, for few sizes; so the last slot is free for padding.
+        lm.model.setup_cache(1 << max(budget.left, 255).bit_length())
         draw = torch.Generator().manual_seed(seed % 2**63)
         self.uniform = torch.rand(budget.left, MAX_BRANCHES + 1, generator=draw)  # (T, branches)
         self.slot = 0      # the next slot
@@ -210,7 +211,7 @@ class Engine:
         if lm.compiled_step and len(pick) == n:  # a token a stream: not for prefill and prefixes
             step = lm.compiled_step
             seen = len(lm.model.owner)  # a static shape, as is the width
-            padding = power_of_two(n) - n
+            padding = (1 << (n - 1).bit_length()) - n  # to a power of two
             fed += [(0, 0, -1, seen - 1)] * padding  # all in the last slot, which nobody sees
             u += [0.0] * padding
             pick = range(n + padding)
@@ -231,8 +232,7 @@ class Engine:
         self.position += len(tokens)
         self.budget.left -= len(tokens)
         if state is None:
-            opens = self.mode != "serial" and self.budget.room([])
-            state = SERIAL if opens else TEXT_ONLY
+            state = SERIAL if self.mode != "serial" and self.budget.room([]) else TEXT_ONLY
         return self.feed(fed, [len(fed) - 1], state)[0]
 
     def run(self, prompt):
@@ -255,69 +255,56 @@ class Engine:
         token = self.tags.title
         # The second title is forced, whatever the model chooses: a block has two branches at least.
         while len(block) < 2 or (token == self.tags.title and self.budget.room(block)):
-            token = self.title(block)
+            title = []
+            block.append(Branch(title, []))  # grows in place, so that a View can show it
+            token = self.serial([self.tags.title], TITLE_START)
+            while token != self.tags.title_end and len(title) < TITLE_CAP:
+                title.append(token)
+                token = self.serial([token], TITLE)
+            token = self.serial([self.tags.title_end], AFTER_TITLE)
         self.cut |= token == self.tags.title and len(block) < self.budget.max_branches
         self.branches(block)
         self.segments.append([])
         return self.serial([self.tags.para_end])
 
-    def title(self, block):
-        """Writes one more title. Returns <|title|> or <|para|>, as the model chooses."""
-        title = []
-        block.append(Branch(title, []))  # grows in place, so that a View can show it
-        token = self.serial([self.tags.title], TITLE_START)
-        while token != self.tags.title_end and len(title) < TITLE_CAP:
-            title.append(token)
-            token = self.serial([token], TITLE)
-        return self.serial([self.tags.title_end], AFTER_TITLE)
-
     def branches(self, block):
         """Feeds <|para|> and all prefixes in one pass, then a token of every live branch a pass."""
         start = self.position + 1
-        fed = [(self.tags.para, self.position, 0)]
         lanes = []
-        ends = []
-        for number, branch in enumerate(block, start=1):
-            prefix = [self.tags.branch] + branch.title
-            fed += [(token, start + i, number) for i, token in enumerate(prefix)]
-            lanes.append(Lane(number, branch, start + len(prefix)))
-            ends.append(len(fed) - 1)
+        for number, (title, rest) in enumerate(block, start=1):
+            lanes.append(Lane(number, rest, start, [self.tags.branch] + title))
         quota = self.budget.quota(block)
-        for lane, token in zip(lanes, self.feed(fed, ends, BRANCH)):
-            lane.token = self.accept(lane, token, quota)
-
+        self.advance(lanes, quota, before=[(self.tags.para, self.position, 0)])
         groups = [lanes] if self.mode == "adaptive" else [[lane] for lane in lanes]
         for live in groups:
             while live:
-                fed = [(lane.token, lane.position, lane.number) for lane in live]
-                chosen = self.feed(fed, range(len(live)), BRANCH)
-                # A lane that has just fed its <|/branch|> is done; the choice after it is not used.
-                going_on = [(lane, token) for lane, token in zip(live, chosen)
-                            if lane.token != self.tags.branch_end]
-                for lane, token in going_on:
-                    lane.position += 1
-                    lane.token = self.accept(lane, token, quota)
-                live = [lane for lane, _ in going_on]
+                self.advance(live, quota)
+                live = [lane for lane in live if lane.next]
 
         self.lm.model.owner.zero_()  # the block's slots become shared
         lengths = [len(title + rest) + BRANCH_TAGS for title, rest in block]
-        self.position = start + serial_advance(lengths, self.lm.model.config.positions)
+        self.position = start + POSITIONS[self.lm.model.config.positions](lengths)
         self.budget.left -= 1 + sum(lengths)
 
-    def accept(self, lane, token, quota):
-        """Adds the model's choice to the branch, unless that ends, by itself or by its quota -> the
-        token to feed next, <|/branch|> at its end."""
-        ends = token == self.tags.branch_end or token in self.lm.tokenizer.stop
-        if ends or len(lane.branch.rest) == quota:
-            self.cut |= not ends
-            return self.tags.branch_end
-        lane.branch.rest.append(token)
-        return token
-
-
-def power_of_two(n):
-    """The smallest power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
+    def advance(self, lanes, quota, before=()):
+        """One pass: feeds what comes next in every lane, and takes what the model chooses there,
+        until a branch ends, by itself or by its quota."""
+        fed = list(before)
+        ends = []
+        for lane in lanes:
+            fed += [(token, lane.position + i, lane.number) for i, token in enumerate(lane.next)]
+            ends.append(len(fed) - 1)
+        for lane, token in zip(lanes, self.feed(fed, ends, BRANCH)):
+            lane.position += len(lane.next)
+            ended = token == self.tags.branch_end or token in self.lm.tokenizer.stop
+            if lane.next == [self.tags.branch_end]:
+                lane.next = []  # it is done; the choice after its end is not used
+            elif ended or len(lane.rest) == quota:
+                self.cut |= not ended
+                lane.next = [self.tags.branch_end]
+            else:
+                lane.rest.append(token)
+                lane.next = [token]
 
 
 @torch.no_grad()
@@ -336,21 +323,20 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
     check(mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     check(mode == "serial" or tokenizer.tags, f"a checkpoint without tags cannot decode {mode!r}")
     check(max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}")
-    check(temperature == 0 or 1e-6 <= temperature <= 1e6,  # what logits can be divided by
-          f"temperature must be 0, or 1e-6 to 1e6, not {temperature}")
+    check(0 <= temperature <= 1e6, f"temperature must be 0 (greedy) to 1e6, not {temperature}")
     check(top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}")
-    check(0 < top_p <= 1, f"top-p must be over 0 and at most 1, not {top_p}")
+    check(0 <= top_p <= 1, f"top-p must be 0 (greedy) to 1 (off), not {top_p}")
     check(2 <= max_branches <= MAX_BRANCHES,
           f"max-branches must be 2 to {MAX_BRANCHES}, not {max_branches}")
     check(prompt.strip(), "the prompt is empty")
     ids = tokenizer.prompt(prompt, system)
     context = lm.model.config.block_size
-    check(len(ids) < context,
-          f"the prompt {prompt[:40]!r}... has {len(ids)} tokens, the context only {context}")
+    check(len(ids) < context, f"{prompt[:40]!r} has {len(ids)} tokens, the context only {context}")
 
     start = time.perf_counter()
     budget = Budget(min(len(ids) + max_new_tokens, context), max_branches)
-    engine = Engine(lm, mode, budget, (temperature, top_k, top_p), seed, watch)
+    sampling = sampling_settings(temperature, top_k, top_p, lm.device)
+    engine = Engine(lm, mode, budget, sampling, seed, watch)
     engine.run(ids)
     segments = [segment for segment in engine.segments if segment]
     tokens = plain(segments)
@@ -363,61 +349,51 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
 
 # ---- command line, with a live view -----------------------------------------
 
+@dataclass
 class View:
     """Shows an answer as it grows: its text and, below, a line for every branch being written."""
-
-    def __init__(self, tokenizer, out):
-        self.tokenizer = tokenizer
-        self.out = out
-        self.text = ""    # what has been written
-        self.lines = []   # the branch lines below it
-        self.shown = 0.0  # when
+    text: str = ""    # what has been written
+    lines: list = ()  # the branch lines below it
+    shown: float = 0  # when
 
     def __call__(self, engine):
         """Shows the engine's answer so far, at most twenty times a second."""
         if time.perf_counter() - self.shown < 0.05:
             return
-        done = engine.segments
-        block = []
-        if isinstance(done[-1], Block):
-            *done, block = done
-        text = self.tokenizer.decode(plain(done)).rstrip("\ufffd")  # half a character
-        at_line_start = text[-1:] in ("", "\n")
-        lines = self.branch_lines(block) if at_line_start else []
-        self.write(text, lines)
         self.shown = time.perf_counter()
-
-    def branch_lines(self, block):
-        """A line for every branch, as many as fit: its title and its latest words, in a colour."""
+        decode = engine.lm.tokenizer.decode
+        *done, block = engine.segments
+        if not isinstance(block, Block):
+            done, block = engine.segments, []
+        text = decode(plain(done)).rstrip("\ufffd")  # half a character
         columns, rows = shutil.get_terminal_size()
-        if columns < 8 or rows < 3:
-            return []
         lines = []
-        for i, branch in enumerate(block[:rows - 2]):
-            texts = [printable(self.tokenizer.decode(ids)) for ids in branch]
-            title, rest = (" ".join(text.split()) for text in texts)
-            room = columns - 4
-            if not (title + rest).isascii():  # other characters may be two columns wide
-                room //= 2
-            title = title[:room // 2]
-            bar = "|" if "NO_COLOR" in os.environ else f"\x1b[{31 + i % 6}m|\x1b[0m"
-            lines.append(f"\n{bar} {title} {rest[-(room - len(title)):]}")
-        return lines
+        # Only below a whole line of text, and in a window that has room for them.
+        if text[-1:] in ("", "\n") and columns > 7 and rows > 2:
+            lines = [branch_line(*map(decode, branch), columns) for branch in block[:rows - 2]]
+        self.write(text, lines)
 
     def write(self, text, lines=()):
         """Takes the old branch lines away, writes what is new of the text, and lines below it."""
         if self.lines:  # up, to the first column, and clear from there on
-            self.out.write(f"\x1b[{len(self.lines)}A\x1b[G\x1b[J")
-        self.out.write(printable(text[len(self.text):]) + "".join(lines))
-        self.out.flush()
+            sys.stdout.write(f"\x1b[{len(self.lines)}A\x1b[G\x1b[J")
+        sys.stdout.write(printable(text[len(self.text):]) + "".join(lines))
+        sys.stdout.flush()
         self.text = text
         self.lines = lines
 
 
-def parse_args():
-    """The command line's arguments."""
-    p = argparse.ArgumentParser(description="Decodes answers, several branches at a time.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def branch_line(title, rest, columns):
+    """The line of a branch in so many columns: how its title begins, and its latest words."""
+    title, rest = (" ".join(printable(text).split()) for text in (title, rest))
+    # Half of the columns for each; a character that is not ASCII may take two.
+    room = (columns - 4) // (2 if (title + rest).isascii() else 4)
+    return f"\n| {title[:room]} {rest[-room:]}"
+
+
+def main():
+    """The command line."""
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="one prompt")
     what.add_argument("--prompts", metavar="FILE", help='JSON Lines of {"prompt", "category"}')
@@ -435,31 +411,8 @@ def parse_args():
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="none: what suits the device")
     add("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     add("--json", metavar="FILE", help="also write the answers and their figures here")
-    return p.parse_args()
+    args = p.parse_args()
 
-
-def show_answer(lm, prompt, settings):
-    """Decodes and prints an answer, live on a terminal -> the Answer's fields, for --json."""
-    view = View(lm.tokenizer, sys.stdout)
-    watch = view if sys.stdout.isatty() else None
-    try:
-        answer = generate(lm, prompt, watch=watch, **settings)
-        view.write(answer.text)
-    finally:  # after Ctrl-C, too, no branch lines are left
-        view.write(view.text)
-        view.out.write("\n")
-    print(f"\n{answer.tokens} tokens in {answer.steps} steps, "
-          f"branches {[len(block) for block in answer.blocks]}, "
-          f"{answer.tokens / answer.seconds:.0f} tokens/s, first after "
-          f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}\n", file=sys.stderr)
-    fields = vars(answer)
-    del fields["segments"]
-    return fields
-
-
-def main():
-    """The command line."""
-    args = parse_args()
     one = {"category": None, "prompt": args.prompt}
     prompts = [one] if args.prompts is None else read_prompts(args.prompts)
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
@@ -467,11 +420,22 @@ def main():
     results = []
     try:
         for record in prompts:
-            results.append(record | show_answer(lm, record["prompt"], settings))
+            view = View()
+            watch = view if sys.stdout.isatty() else None
+            try:
+                answer = generate(lm, record["prompt"], watch=watch, **settings)
+            finally:
+                view.write(view.text)  # after Ctrl-C, too, no branch lines are left
+            del answer.segments  # token ids, of no use in a file
+            results.append(record | vars(answer))
+            view.write(answer.text + "\n")
+            print(f"\n{answer.tokens} tokens in {answer.steps} steps, "
+                  f"branches {[len(block) for block in answer.blocks]}, "
+                  f"{answer.tokens / answer.seconds:.0f} tokens/s, first after "
+                  f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}\n", file=sys.stderr)
     finally:  # after an error or Ctrl-C, too: what there is
         if args.json:
-            text = json.dumps({"results": results}, ensure_ascii=False, indent=1)
-            write_whole(args.json, [text])
+            write_whole(args.json, [json.dumps({"results": results}, ensure_ascii=False, indent=1)])
 
 
 if __name__ == "__main__":

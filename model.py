@@ -9,7 +9,6 @@ Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head,
 V vocab_size.
 """
 import json
-import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def attend(q, k, v, mask):
     folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, nh/nkv T, hs)
     if q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16:
         # In training, plain products need a third of the time of torch's kernel, but more memory.
-        scores = folded / math.sqrt(q.size(-1)) @ k.transpose(-1, -2)
+        scores = folded / q.size(-1) ** 0.5 @ k.transpose(-1, -2)
         y = (scores + mask.to(q.dtype)).softmax(-1) @ v
     else:
         y = F.scaled_dot_product_attention(folded, k, v, mask)
@@ -78,8 +77,7 @@ def linear(x, weight, bias=None):
     only: of few tokens it needs two thirds of the time."""
     decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # see decode.LM
     if decoding and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and ONEDNN:
-        no_activation = ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *no_activation)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation
     return F.linear(x, weight, bias)
 
 
@@ -147,26 +145,22 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
-            norm=nn.RMSNorm(config.n_embd, eps=config.norm_eps),
-        ))
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.model.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         # (slots,): see cache_mask. Written by decode.forward_pass; all 0 again when a block ends.
         self.register_buffer("owner", None, persistent=False)
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=self.initial_std(name, fan_in=p.size(1)))
-
-    def initial_std(self, name, fan_in):
-        if "embed_tokens" in name:
-            return 0.1  # five times GPT-2's: the small model of train.py learns faster
-        std = fan_in ** -0.5  # keeps the variance of the input
-        if "o_proj" in name or "down_proj" in name:  # what adds to the residual stream starts small
-            std *= (2 * self.config.n_layer) ** -0.5
-        return std
+                std = p.size(1) ** -0.5  # keeps the variance of the input
+                if "embed_tokens" in name:
+                    std = 0.1  # five times GPT-2's: the small model of train.py learns faster
+                elif "o_proj" in name or "down_proj" in name:
+                    std *= (2 * config.n_layer) ** -0.5  # what adds to the stream starts small
+                nn.init.normal_(p, std=std)
 
     def setup_cache(self, slots):
         """A cache of at least so many slots, all shared, for one answer at a time. A larger one
@@ -187,8 +181,7 @@ class GPT(nn.Module):
         x = self.model.embed_tokens(idx)  # (B, T, C)
         cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
         if mask is None:
-            T = idx.size(1)
-            mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+            mask = torch.ones(idx.size(1), idx.size(1), dtype=torch.bool, device=x.device).tril()
         # As attend() wants it, once for all layers.
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
         groups = self.config.n_head // self.config.n_kv_head
@@ -208,12 +201,12 @@ class GPT(nn.Module):
         rows = self.config.vocab_size
         if vocab_size > rows:
             self.config.vocab_size = -(-vocab_size // 64) * 64  # a round number is faster
-        for table in (self.model.embed_tokens, getattr(self, "lm_head", None)):
-            if table is not None:
-                weight = F.pad(table.weight, (0, 0, 0, self.config.vocab_size - rows))
-                for new, old in means.items():
-                    weight[new] = weight[old].mean(0)
-                table.weight = nn.Parameter(weight)
+        embedding = self.model.embed_tokens
+        for table in [embedding] if self.config.tied else [embedding, self.lm_head]:
+            weight = F.pad(table.weight, (0, 0, 0, self.config.vocab_size - rows))
+            for new, old in means.items():
+                weight[new] = weight[old].mean(0)
+            table.weight = nn.Parameter(weight)
 
 
 # ---- devices and checkpoints ------------------------------------------------
@@ -227,9 +220,9 @@ def check_device(device):
 def fast_dtype(device):
     """The type to train in: "bfloat16" on a GPU and on CPUs with AVX-512, else "float32", since
     other CPUs are a hundred times slower in bfloat16."""
-    on_cpu = torch.device(device).type == "cpu"
-    fast = not on_cpu or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "bfloat16" if fast else "float32"
+    if torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "float32"
+    return "bfloat16"
 
 
 def save_checkpoint(out_dir, **state):
@@ -276,15 +269,12 @@ def from_published(path):
     """The model of a published Llama or Qwen2 folder. ValueError, by name, for what would change
     the result and is not implemented, and for tensors that are missing, unknown or misshapen."""
     where = Path(path, "config.json")
-    settings = read_json(where)
     with naming(where), torch.device("meta"):
-        model = GPT(published_config(settings))
-    unused = ["rotary_emb.inv_freq"]     # in old files
-    if model.config.tied:
-        unused.append("lm_head.weight")  # a copy of the embedding
-    weights = read_weights(path)
-    weights = {name: w for name, w in weights.items() if not name.endswith(tuple(unused))}
+        model = GPT(published_config(read_json(where)))
     with naming(path):
+        weights = read_weights(path)
+        if model.config.tied:
+            weights.pop("lm_head.weight", None)  # a copy of the embedding
         model.load_state_dict(weights, assign=True)
     return model
 
@@ -301,15 +291,13 @@ def published_config(settings):
     layers = set(c.get("layer_types", []))
     check(layers <= {"full_attention"}, f"layer_types = {layers} is not supported")
     n_head = c["num_attention_heads"]
-    n_embd = c["hidden_size"]
     return GPTConfig(
         block_size=int(c["max_position_embeddings"]), vocab_size=c["vocab_size"],
-        n_layer=c["num_hidden_layers"], n_embd=n_embd, n_inner=c["intermediate_size"],
+        n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"], n_inner=c["intermediate_size"],
         n_head=n_head, n_kv_head=c.get("num_key_value_heads", n_head),
-        head_size=c.get("head_dim", n_embd // n_head),
+        head_size=c.get("head_dim", c["hidden_size"] // n_head),
         rope_theta=float(c.get("rope_theta", 10000)), norm_eps=float(c["rms_norm_eps"]),
-        qkv_bias=c["model_type"] == "qwen2", tied=c.get("tie_word_embeddings", False),
-    )
+        qkv_bias=c["model_type"] == "qwen2", tied=c.get("tie_word_embeddings", False))
 
 
 def read_weights(path):
@@ -317,14 +305,14 @@ def read_weights(path):
     index = Path(path, "model.safetensors.index.json")
     files = sorted(Path(path).glob("*.safetensors"))
     if index.exists():
-        with naming(index):
-            files = [Path(path, name) for name in {*read_json(index)["weight_map"].values()}]
+        files = [Path(path, name) for name in {*read_json(index)["weight_map"].values()}]
     check(files, f"{path}: no *.safetensors in it")
     weights = {}
     for file in files:
         for name, tensor in read_safetensors(file).items():
             check(name not in weights, f"{file}: the tensor {name} is in another file, too")
-            weights[name] = tensor
+            if not name.endswith("rotary_emb.inv_freq"):  # in old files, and not needed
+                weights[name] = tensor
     return weights
 
 
@@ -332,34 +320,29 @@ def read_safetensors(path):
     """{name: tensor} of a file: 8 bytes header length, a JSON header, raw tensors. It is mapped,
     copy on write. ValueError naming the tensor whose entry does not fit."""
     data = map_file(path)
-    tensors = {}
     with naming(f"{path}: header"):
         start = 8 + int.from_bytes(data[:8], "little")
         check(start <= len(data), f"ends at byte {start} of {len(data)}")
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
         with naming(f"{path}: tensor {name} = {entry}"):
-            dtype = DTYPES[entry["dtype"]]
             begin, end = entry["data_offsets"]
-            n = math.prod(entry["shape"])
-            check(0 <= begin <= end == begin + n * dtype.itemsize, "bytes and shape differ")
-            raw = torch.frombuffer(data, dtype=dtype, count=n, offset=start + begin)
-            tensors[name] = raw.view(entry["shape"])
+            raw = memoryview(data)[start:][begin:end]
+            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
 def read_json(path):
     """A JSON file -> object. ValueError naming it where it is missing or not JSON."""
-    data = map_file(path)
-    with naming(f"{path}: not JSON"):
-        return json.loads(data[:])
+    with naming(path):
+        return json.loads(map_file(path)[:])
 
 
 def map_file(path):
     """A file's bytes, mapped. ValueError where it is missing, empty, or a mere Git LFS pointer."""
     with naming(path), open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    pointer = data[:23] == b"version https://git-lfs"
-    check(not pointer, f"{path} is a Git LFS pointer: run `git lfs pull` in its folder")
+    check(data[:8] != b"version ", f"{path} is a Git LFS pointer: run `git lfs pull` there")
     return data

@@ -25,28 +25,26 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from aspd import IGNORE, POSITIONS, check, metrics
+from aspd import IGNORE, POSITIONS, check
 from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_tokenizer,
-                  published_tokenizer, read_records, split_held_out)
+                  read_records, split_held_out)
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published,
                    read_checkpoint, save_checkpoint)
 
 # A new tag starts as the mean of these words (in the order of TAG_NAMES), and so as likely as they
 # are: take words that answers do not have in sequence.
-TAG_WORDS = (" headline", " headline closed", " parallel", " parallel closed", " branch",
-             " branch closed")
+TAG_WORDS = [tag + end for tag in (" headline", " parallel", " branch") for end in ("", " closed")]
 RANK = int(os.environ.get("RANK", 0))         # torchrun starts processes 0, 1, ...
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and says how many
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # not one process's part
-FRESH = {"args": {}, "step": 0}  # the state of a run that resumes no other
 MAY_CHANGE = {"out_dir", "device", "compile", "resume", "save_every"}  # with --resume
 
 
 # ---- settings ---------------------------------------------------------------
 
 def parse_args():
-    """-> args, and the state to go on from: FRESH, or a checkpoint's. ValueError naming a setting
-    that cannot be."""
+    """-> args, and the state to go on from: a checkpoint's, or that of a new run. ValueError naming
+    a setting that cannot be."""
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--data", metavar="FILE", help="answers; none: the built-in corpus")
@@ -70,29 +68,21 @@ def parse_args():
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in out-dir")
     args = p.parse_args()
-    state = read_checkpoint(args.out_dir) if args.resume else FRESH
+    state = read_checkpoint(args.out_dir) if args.resume else {"args": {}, "step": 0}
     p.set_defaults(**state["args"])  # and once more: what is not given stays as it was
-    args = complete(p.parse_args())
-    for name, was in state["args"].items():
-        value = getattr(args, name)
-        check(value == was, f"--resume: {name} is {was!r} in {args.out_dir}, not {value!r}")
-    return args, state
-
-
-def complete(args):
-    """Checks the args, and fills in those that depend on others, but for steps."""
+    args = p.parse_args()
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             check(value > 0, f"--{name.replace('_', '-')} must be over 0, not {value}")
-    check(args.accumulate % WORLD == 0,
-          f"--accumulate {args.accumulate} cannot be divided by {WORLD} processes")
-    check(WORLD == 1 or ":" not in args.device,
-          f"--device {args.device}: torchrun gives every process a device of its own")
+    check(args.accumulate % WORLD == 0, f"--accumulate must be a multiple of the {WORLD} processes")
     check_device(args.device)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
     args.checksum_of_data = args.data and zlib.crc32(Path(args.data).read_bytes())  # for --resume
-    return args
+    for name, was in state["args"].items():
+        value = getattr(args, name)
+        check(value == was, f"--resume: {name} is {was!r} in {args.out_dir}, not {value!r}")
+    return args, state
 
 
 # ---- data and model ---------------------------------------------------------
@@ -117,18 +107,13 @@ def prepare(args, state):
     model.to(args.device)  # only now: the whole model need not fit on one device
 
     # 3) rows
-    rows, counted = make_rows(answers, tokenizer, model.config, args.mode)
-    held_out, _ = make_rows(held_out, tokenizer, model.config, args.mode)
-    check(rows, f"{args.data or 'the corpus'}: none of {len(answers)} answers to train on fits "
-                f"{model.config.block_size} tokens")
-    answers_a_step = args.batch_size * args.accumulate
-    args.steps = args.steps or math.ceil(2 * len(rows) / answers_a_step)
-    figures = metrics(counted)
+    rows = make_rows(answers, tokenizer, model.config, args.mode)
+    held_out = make_rows(held_out, tokenizer, model.config, args.mode)
+    check(rows, f"none of {len(answers)} answers to train on fits {model.config.block_size} tokens")
+    args.steps = args.steps or math.ceil(2 * len(rows) / (args.batch_size * args.accumulate))
     n_tokens = sum(len(row.token) for row in rows)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(rows)} answers, {len(answers) - len(rows)} too long; {n_tokens} tokens; "
-          f"{figures['PPD']:.0%} have a block, ideal speedup {figures['speedup']:.2f}\n"
-          f"{n_parameters / 1e6:.2f}M parameters; {args.steps} steps of {answers_a_step} answers")
+    print(f"{len(rows)} answers of {n_tokens} tokens, {len(answers) - len(rows)} too long; "
+          f"{args.steps} steps")
     return model, tokenizer, rows, held_out
 
 
@@ -139,19 +124,17 @@ def make_model(args, state, answers):
     if args.init_from:
         model = from_published(args.init_from).float()
         model.config.block_size = min(args.block_size, model.config.block_size)
-        tokenizer = published_tokenizer(args.init_from)
-        if args.mode == "aspd":
-            tokenizer = tokenizer.add_tags()
-            words = map(tokenizer.encode, TAG_WORDS)
-            model.grow(tokenizer.vocab_size, dict(zip(tokenizer.tags, words)))
-    else:
-        tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in answers))
-        if args.mode == "aspd":
-            tokenizer = tokenizer.add_tags()
+    tokenizer = make_tokenizer(args.init_from or args.tokenizer, (r["response"] for r in answers))
+    if args.mode == "aspd":
+        tokenizer = tokenizer.add_tags()
+    if not args.init_from:
         model = GPT(GPTConfig(
             block_size=args.block_size, vocab_size=tokenizer.vocab_size, n_layer=args.n_layer,
             n_head=args.n_head, n_kv_head=args.n_head, n_embd=64 * args.n_head,
             n_inner=176 * args.n_head))  # about 8/3 of n_embd, as in Llama
+    elif tokenizer.tags:
+        words = map(tokenizer.encode, TAG_WORDS)
+        model.grow(tokenizer.vocab_size, dict(zip(tokenizer.tags, words)))
     model.config.positions = args.positions
     return model, tokenizer
 
@@ -238,7 +221,7 @@ def save(model, optimizer, tokenizer, step, loss, args):
 
 
 def train(args, state):
-    """The training loop. state: FRESH, or that of a checkpoint to go on from."""
+    """The training loop. args, state: of parse_args()."""
     # 1) model, optimizer, and the order of the answers, which a resumed run goes on in
     model, tokenizer, rows, held_out = prepare(args, state)
     optimizer = make_optimizer(model, args.lr)
@@ -265,21 +248,18 @@ def train(args, state):
         batch_indices = itertools.islice(index_batches, args.accumulate)
         step_batches = [[rows[i] for i in indices] for indices in batch_indices]
         loss = train_step(net, step_batches, optimizer, args)
-        check(math.isfinite(loss), f"loss is {loss} at step {step}, learning rate {lr:.1e}; "
-                                   f"the last checkpoint is in {args.out_dir}")
+        check(math.isfinite(loss), f"loss is {loss} at step {step}, learning rate {lr:.1e}")
         step += 1
         tokens += sum(len(row.token) for batch in step_batches for row in batch)
         if step % 10 == 0 or step == args.steps:
             print(f"step {step} of {args.steps}: loss {loss:.4f}, lr {lr:.1e}, "
                   f"{tokens / (time.perf_counter() - began):.0f} tokens/s", flush=True)
-        n_signals = torch.tensor(len(signals), device=args.device)
+        stop = torch.tensor(len(signals), device=args.device)
         if WORLD > 1:
-            dist.all_reduce(n_signals)  # one to any process stops all, at the same step
-        stop = bool(n_signals)
+            dist.all_reduce(stop)  # a signal to any process stops all, at the same step
         if stop or step == args.steps or step % args.save_every == 0:
             save(model, optimizer, tokenizer, step, loss, args)
-    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}: "
-          f"{tokens} tokens in {time.perf_counter() - began:.0f} s; saved\n"
+    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}: saved\n"
           f"Next: python decode.py --ckpt {args.out_dir} --prompt TEXT", flush=True)
 
     # 4) evaluation, which a signal may break off

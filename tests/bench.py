@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspd import IGNORE, MAX_BRANCHES, Block, Row, check, layout, plain, stats, tokenize
 from data import (batches, cli, collate, corpus, extract, make_rows, make_tokenizer, read_prompts,
                   read_records, split_held_out, write_whole)
-from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load)
+from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load,
+                    sampling_settings)
 from model import GPT, GPTConfig, check_device, fast_dtype
 from script import script
 from train import held_out_loss, make_optimizer, train_step
@@ -185,7 +186,7 @@ def warm_up(lm, slots, args, widths=WIDTHS):
     lm.model.owner = None  # not the larger cache of a bench before: compiled steps read all of it
     *settings, seed = args.sampling.values()
     budget = Budget(slots - 1, MAX_BRANCHES)
-    engine = Engine(lm, "serial", budget, tuple(settings), seed, None)
+    engine = Engine(lm, "serial", budget, sampling_settings(*settings, lm.device), seed, None)
     engine.serial([0] * 8)
     for width in widths:
         for _ in range(3):
@@ -492,13 +493,13 @@ def bench_held_out(args):
     _, held_out = split_held_out(list(read_records(args.held_out)))
     records = []
     for r in evenly(held_out, args.limit):
-        rows, _ = make_rows([r], ours.tokenizer, ours.model.config)
+        rows = make_rows([r], ours.tokenizer, ours.model.config)
         records += [r] * len(rows)  # none where it is too long
     check(records, f"{args.held_out}: no held-out answer fits {args.block_size} tokens")
 
     losses, by_place = {}, {}
     for side, lm in lms.items():
-        rows, _ = make_rows(records, lm.tokenizer, lm.model.config, side)
+        rows = make_rows(records, lm.tokenizer, lm.model.config, side)
         losses[side] = held_out_loss(lm.model, rows, lm.tokenizer, args)
         by_place[side] = loss_by_place(lm, records, side, args)
     hidden = loss_by_place(lm, records, "hidden", args)
@@ -756,8 +757,8 @@ def bench_train(args, lm=None):
     model = lm.model.float().train().requires_grad_(True)
     model.config.block_size = min(args.block_size, model.config.block_size)
     args.dtype = args.dtype or fast_dtype(args.device)
-    rows, _ = make_rows(records, lm.tokenizer, model.config)
-    untagged, _ = make_rows(records, lm.tokenizer, model.config, "serial")
+    rows = make_rows(records, lm.tokenizer, model.config)
+    untagged = make_rows(records, lm.tokenizer, model.config, "serial")
     check(rows, f"none of the {len(records)} answers fits {model.config.block_size} tokens")
     order = batches([len(row.token) for row in rows], args.batch_size, seed=0)
     made, tokens = [], defaultdict(int)

@@ -123,9 +123,9 @@ Another language. The rules that read words (SENTENCE, CONCLUSION, GOES_ON, POIN
     rules on one half. Judge: precision and recall on the other half.
 
 Positions. Siblings share theirs, and the text behind a block goes on after their sum. Train with
-    `--positions longest`, and with a scheme of your own in serial_advance and POSITIONS, three
-    seeds each. Judge: the held-out loss that train.py prints, and the facts in tests/bench.py. Are
-    the differences larger than those between seeds?
+    `--positions longest`, and with a scheme of your own in POSITIONS, three seeds each. Judge: the
+    held-out loss that train.py prints, and the facts in tests/bench.py. Are the differences larger
+    than those between seeds?
 
 Several answers at once. Give the cache and the engine a batch dimension: while one answer is
     serial, another is in a block. Judge: in float64 every answer is, token for token, the one

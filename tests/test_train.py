@@ -151,7 +151,7 @@ def test_foreign_checkpoint_is_refused_by_name(tmp_path):
         (dict(model=weights | {"model.norm.weight": "text"}), "model.norm.weight"),
         (dict(config=config | {"vocab_size": 100}), rf"{EMBEDDING}.*263, 16.*100, 16"),
         (dict(config=config | {"n_expert": 4}), "n_expert"),
-        (dict(tokenizer=larger), "306.*263"),
+        (dict(tokenizer=larger), "more token ids"),
     ]:
         state = dict(format=model.FORMAT, step=3, args={}, config=config, model=weights,
                      optimizer={}, tokenizer=TOKENIZER.settings)
@@ -232,10 +232,10 @@ def test_resume_refuses_other_settings_and_other_data_by_name(tmp_path, monkeypa
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, answers, bad):
-    """The message names step, learning rate and folder, whose last checkpoint stays as it was."""
+    """The message names step and learning rate; the last checkpoint stays as it was."""
     at_step(monkeypatch, 4, lambda: monkeypatch.setattr(
         train, "summed_loss", lambda *args: summed_loss(*args) * bad))
-    with pytest.raises(ValueError, match=rf"loss is (nan|inf) at step 3.*rate \d.*{tmp_path}"):
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at step 3.*rate \d"):
         run_main(monkeypatch, *SMALL, "--data", answers, "--steps", 6, "--save-every", 2,
                  "--out-dir", tmp_path)
     state = read_checkpoint(tmp_path)
@@ -251,7 +251,7 @@ def test_a_handful_of_answers_trains(tmp_path, monkeypatch, capsys, prompts):
     run_main(monkeypatch, *SMALL, "--data", data, "--out-dir", tmp_path)
     held_out = len(set(prompts)) > 1
     said = capsys.readouterr().out
-    assert f"{len(prompts) - held_out} answers, 0 too long" in said
+    assert said.startswith(f"{len(prompts) - held_out} answers of ") and ", 0 too long" in said
     assert ("over 1 answers" in said) == held_out
     assert read_checkpoint(tmp_path)["step"] == math.ceil(2 * (len(prompts) - held_out) / 3)
 
@@ -263,7 +263,7 @@ def test_new_tags_start_at_the_mean_of_their_words(tmp_path, tied):
     publish(tmp_path, published_config(tied=tied, vocab_size=size, max_position_embeddings=512))
     args = Namespace(resume=False, init_from=tmp_path, mode="aspd", block_size=256,
                      positions="longest")
-    tuned, tokenizer = train.make_model(args, train.FRESH, [])
+    tuned, tokenizer = train.make_model(args, {}, [])
     before = from_published(tmp_path)
     assert tuned.config.block_size == 256 and tuned.config.positions == "longest"
     assert min(tokenizer.tags) >= size
@@ -277,7 +277,7 @@ def test_new_tags_start_at_the_mean_of_their_words(tmp_path, tied):
         for tag, word in zip(tokenizer.tags, words):
             assert torch.allclose(new[tag], old[tokenizer.encode(word)].mean(0))
     args.mode = "serial"
-    twin, tokenizer = train.make_model(args, train.FRESH, [])
+    twin, tokenizer = train.make_model(args, {}, [])
     assert tokenizer.tags is None
     assert_same(dict(twin.state_dict()), dict(before.state_dict()))
 
@@ -541,7 +541,7 @@ BAD = [
     ("--data {files}/empty.jsonl", "empty.jsonl"),
     ("--data {files}/broken.jsonl", "broken.jsonl, line 2"),
     ("--data {files}/other-names.jsonl", "question, reply"),
-    ("--data {files}/good.jsonl --block-size 8", "good.jsonl: none of 39 answers.* 8 tokens"),
+    ("--data {files}/good.jsonl --block-size 8", "none of 39 answers.* 8 tokens"),
     ("--positions sideways", "sideways"),
     ("--mode parallel", "parallel"),
     ("--device cuda", "CUDA"),
@@ -583,7 +583,7 @@ def test_bad_command_line_is_refused_in_one_line(files, tmp_path, monkeypatch, c
 
 def test_batches_that_cannot_be_shared_out_are_refused(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
-    with pytest.raises(ValueError, match="--accumulate 3 .*2 processes"):
+    with pytest.raises(ValueError, match="--accumulate .* the 2 processes"):
         run_main(monkeypatch, "--accumulate", 3, "--device", "cpu")
 
 
