@@ -33,7 +33,9 @@ SETTINGS = "mode system max_new_tokens temperature top_k top_p seed max_branches
 
 # ---- grammar and sampling ---------------------------------------------------
 
-TEXT_ONLY, SERIAL, TITLE_START, TITLE, AFTER_TITLE, BRANCH = range(6)  # the grammar's states
+# The grammar's states: in serial text, without and with room for a block; before the first token of
+# a title, before the others, and after <|/title|>; in a branch.
+TEXT_ONLY, SERIAL, TITLE_START, TITLE, AFTER_TITLE, BRANCH = range(6)
 
 
 def grammar(tokenizer, vocab_size):
@@ -55,7 +57,9 @@ def grammar(tokenizer, vocab_size):
 def sampling_settings(temperature, top_k, top_p, device):
     """generate()'s -> the last arguments of sample(): tensors, so that other values compile nothing
     again, and the number of candidates."""
-    return *torch.tensor([max(temperature, 1e-6), top_p], device=device), top_k if temperature else 1
+    if temperature == 0:
+        top_k = 1
+    return *torch.tensor([max(temperature, 1e-6), top_p], device=device), top_k
 
 
 def sample(logits, u, temperature, top_p, top_k):

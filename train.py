@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def parse_args():
     add("--tokenizer", default="bpe", help="from scratch: bpe (learnt here) or a name")
     add("--n-layer", type=int, default=3, help="from scratch: layers")
     add("--n-head", type=int, default=4, help="from scratch: attention heads of 64 channels")
-    add("--block-size", type=int, default=1024, help="context; longer answers are left out")
+    add("--block-size", type=int, default=1024, help="longer answers are left out")
     add("--steps", type=int, help="updates; none: two epochs")
     add("--batch-size", type=int, default=4, help="answers in memory at once")
     add("--accumulate", type=int, default=WORLD, help="batches a step")
@@ -106,10 +107,11 @@ def prepare(args, state):
             fully_shard(part, mesh=mesh)
     model.to(args.device)  # only now: the whole model need not fit on one device
 
-    # 3) rows
-    rows = make_rows(answers, tokenizer, model.config, args.mode)
-    held_out = make_rows(held_out, tokenizer, model.config, args.mode)
-    check(rows, f"none of {len(answers)} answers to train on fits {model.config.block_size} tokens")
+    # 3) rows; a published model keeps its context, though it is not trained on all of it
+    config = replace(model.config, block_size=min(args.block_size, model.config.block_size))
+    rows = make_rows(answers, tokenizer, config, args.mode)
+    held_out = make_rows(held_out, tokenizer, config, args.mode)
+    check(rows, f"none of {len(answers)} answers to train on fits {config.block_size} tokens")
     args.steps = args.steps or math.ceil(2 * len(rows) / (args.batch_size * args.accumulate))
     n_tokens = sum(len(row.token) for row in rows)
     print(f"{len(rows)} answers of {n_tokens} tokens, {len(answers) - len(rows)} too long; "
@@ -121,20 +123,19 @@ def make_model(args, state, answers):
     """-> model, tokenizer: of a checkpoint, of a published folder, or from scratch."""
     if args.resume:
         return from_checkpoint(state, args.out_dir), Tokenizer(**state["tokenizer"])
-    if args.init_from:
-        model = from_published(args.init_from).float()
-        model.config.block_size = min(args.block_size, model.config.block_size)
     tokenizer = make_tokenizer(args.init_from or args.tokenizer, (r["response"] for r in answers))
     if args.mode == "aspd":
         tokenizer = tokenizer.add_tags()
-    if not args.init_from:
+    if args.init_from:
+        model = from_published(args.init_from).float()
+        if tokenizer.tags:
+            words = map(tokenizer.encode, TAG_WORDS)
+            model.grow(tokenizer.vocab_size, dict(zip(tokenizer.tags, words)))
+    else:
         model = GPT(GPTConfig(
             block_size=args.block_size, vocab_size=tokenizer.vocab_size, n_layer=args.n_layer,
             n_head=args.n_head, n_kv_head=args.n_head, n_embd=64 * args.n_head,
             n_inner=176 * args.n_head))  # about 8/3 of n_embd, as in Llama
-    elif tokenizer.tags:
-        words = map(tokenizer.encode, TAG_WORDS)
-        model.grow(tokenizer.vocab_size, dict(zip(tokenizer.tags, words)))
     model.config.positions = args.positions
     return model, tokenizer
 

@@ -49,7 +49,8 @@ EXERCISES = [
     Exercise("decode.grammar", "what may come next, in each of six states", """
         Even an untrained model must write a well-formed answer. No title is empty; end-of-text may
         end a branch but not a title; no text stands between two titles. A checkpoint may have no
-        tags, and a padded vocabulary has ids that are no token. One assignment a state is enough.
+        tags, and a padded vocabulary has ids that are no token. One assignment a state is enough. The
+        ids are in tokenizer.bytes (of text), tokenizer.stop and tokenizer.tags.
         """, ["test_grammar_allows_exactly_what_the_design_says"]),
     Exercise("decode.Budget.quota", "how branches share what is left of the budget", """
         It is asked after the titles, before <|para|> is fed. First take off what will be fed

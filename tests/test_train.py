@@ -265,7 +265,7 @@ def test_new_tags_start_at_the_mean_of_their_words(tmp_path, tied):
                      positions="longest")
     tuned, tokenizer = train.make_model(args, {}, [])
     before = from_published(tmp_path)
-    assert tuned.config.block_size == 256 and tuned.config.positions == "longest"
+    assert tuned.config.block_size == 512 and tuned.config.positions == "longest"
     assert min(tokenizer.tags) >= size
     tables = [EMBEDDING] if tied else [EMBEDDING, "lm_head.weight"]
     words = train.TAG_WORDS
@@ -531,6 +531,7 @@ def files(tmp_path_factory):
     (folder / "foreign").mkdir()
     torch.save({"weights": 1}, folder / "foreign" / "ckpt.pt")
     publish(folder / "published", published_config())
+    write_tokenizer(folder / "scaled")
     publish(folder / "scaled", published_config(rope_scaling={"rope_type": "yarn"}))
     return folder
 
