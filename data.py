@@ -869,6 +869,7 @@ def published_tokenizer(path):
         added = {a["content"]: a["id"] for a in tokens if not a["special"]}  # text, matched first
         odd = [a["content"] for a in tokens if a["single_word"] or a["lstrip"] or a["rstrip"]]
         odd += [a for a in added for b in special | added if a != b and a in b]
+        odd += special.keys() & added.keys()
         check(not odd, f"added tokens that take blanks away or are part of others: {odd}")
         ranks = read_ranks(t["model"], special | added)
         pattern = word_pattern(t["pre_tokenizer"] or {})
@@ -943,7 +944,9 @@ def end_ids(path, config, special):
     for file in Path(path).glob("*config.json"):
         more = read_json(file).get("eos_token_id")
         ids += more if isinstance(more, list) else [more]
-    return [i for i in ids if i is not None]
+    ids = [i for i in ids if i is not None]
+    check(all(type(i) is int and i >= 0 for i in ids), f"eos_token_id: {ids} are not all ids")
+    return ids
 
 
 def chat_form(path, config, special):

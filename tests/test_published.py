@@ -600,7 +600,7 @@ def test_every_end_of_text_id_ends_an_answer(tmp_path):
     assert Tokenizer(**tokenizer.add_tags().settings).stop == {0, 1, 2}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
     assert published_tokenizer(tmp_path).stop == {0, 2}
-    for wrong in ('"2"', "{}", "[null, []]"):
+    for wrong in ('"2"', "{}", "[null, []]", "-1", "NaN", "[2, 1.5]"):
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": %s}' % wrong)
         refusal(published_tokenizer, tmp_path)
 
