@@ -257,4 +257,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from data import cli  # a quiet end behind `| head`
+    cli(main)

@@ -39,8 +39,9 @@ from model import map_file, read_json
 NUMBER = (r"(\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
           r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")
 BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it closes it with \1
-# A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:"). One
-# alone on its line is of another kind: it may only introduce what stands below it ("Keep in mind:").
+# A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:").
+# One alone on its line is of another kind: it may only introduce what stands below it ("For
+# example:").
 NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
         r"(?: [^\s:：.!?,]{1,30}){0,2}")
 SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
@@ -306,7 +307,8 @@ def goes_on(siblings):
 
 POINTS = (  # "Repeat this process", "as said above", "from step 2", "the previous section"
     r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-    r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b|[上前]一[个個]?(?:步|项|节|節|部分|题|題|阶段)|[上前]述|如上|上記"
+    r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b"
+    r"|[上前]一[个個]?(?:步|项|节|節|部分|题|題|阶段)|[上前]述|如上|上記"
     r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
 
 
