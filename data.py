@@ -15,7 +15,6 @@ import sys
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ from model import map_file, read_json
 # the same way.
 
 # "3.", "(b)" without the bracket before it, "iv)", "三、"; but not "1.5" and "e.g."
-NUMBER = (r"(\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
+NUMBER = (r"(?:\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
           r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")
 BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it closes it with \1
 # A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:").
@@ -47,15 +46,15 @@ NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:�
 SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
 LIST = 10  # the rank of list items; what has a smaller one (a heading) stands above its text
 LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
-    # Name, rank (the smaller, the further out), pattern of a line and the one below it; the first
-    # that matches counts. Group 1 of the pattern is the notation that siblings have in common.
-    ("heading", None, r"(#{1,6})[ \t]+\S"),  # its rank is the number of #
-    ("underlined heading", 1, r"(?=[^\n]*\n([-=])\1{2,}[ \t\r]*$)[^\s|]"),
+    # Name, rank (the smaller, the further out), pattern of a line; the first that matches counts.
+    # Group 1 of the pattern is the notation that siblings have in common.
+    ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank is the number of #
     ("bold line", 7, BOLD + r"\1[:：]?[ \t\r]*$"),
     ("ordinal", 9, r"(\*\*|__|)(?:(?:First|Second|Third|Fourth|Fifth|Sixth)(?:ly)?\1[,:]"
                    r"|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
-    ("number", LIST, r"((?:\*\*|__)?[(（]?)" + NUMBER),
-    ("bullet", LIST, r"([-*+–](?=[ \t]+\S)|[•‣◦▪●・](?=[ \t]*\S))"),
+    ("number", LIST, r"((?:\*\*|__)?[(（]?)(?=\d)" + NUMBER),
+    ("letter", LIST, r"((?:\*\*|__)?[(（]?)" + NUMBER),
+    ("bullet", LIST + 0.5, r"([-*+–](?=[ \t]+\S)|[•‣◦▪●・](?=[ \t]*\S))"),
     ("bold label", 8, BOLD + r"(?:[:：]\1|\1[:：])"),
     ("lone label", 8, rf"()(?!{SENTENCE}){NAME}[:：][ \t\r]*$"),  # its text stands below it
     ("label", 8, rf"()(?!{SENTENCE}){NAME}(?::(?=\s|$)|：)"),
@@ -89,22 +88,8 @@ def bare(text):
     return text[MARKER.match(text).end():]
 
 
-def script_of(symbol, letters):
-    """The script of a number: 1, 一, i, I, a or A. letters: those read before, to which one is
-    added; "i" goes on from "h", or is Roman."""
-    if symbol.isdecimal():
-        return "1"
-    if not symbol.isascii():
-        return "一"
-    previous = chr(ord(symbol[0]) - 1)
-    if not symbol.strip("ivxIVX") and letters[-1:] != [previous]:
-        return "I" if symbol.isupper() else "i"
-    letters.append(symbol)
-    return "A" if symbol.isupper() else "a"
-
-
-def read_mark(line, below, above, letters):
-    """The Mark of a line. below: the next; above: the level of the last; letters: see script_of."""
+def read_mark(line, above):
+    """The Mark of a line. above: the level of the last."""
     content = line.strip().strip("-=*_ \t")  # nothing, where it is a rule of dashes
     if not content:
         return Mark("blank")
@@ -112,76 +97,56 @@ def read_mark(line, below, above, letters):
         return Mark("opaque")
     depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2  # in steps of two columns
     for level, rank, pattern in LEVELS:
-        m = pattern.match(line.lstrip() + below)
-        if not m or (depth > 1 and rank != LIST):
-            continue
-        if rank is None:
-            rank = len(m[1])
-        if rank == LIST:
-            rank += depth
-        if rank < LIST and re.match(CONCLUSION, bare(line)):
-            return Mark("conclusion", rank - 0.5)  # further out, so that it ends a run of its rank
-        script = script_of(m[2], letters) if level == "number" else ""
-        return Mark(level, rank, (level, rank, m[1] + script))
+        m = pattern.match(line.lstrip())
+        if m and (depth < 2 or rank >= LIST):
+            rank = rank or len(m[1])
+            if rank >= LIST:
+                rank += depth
+            elif re.match(CONCLUSION, bare(line)):
+                return Mark("conclusion", rank - 0.5)  # further out: it ends a run of its rank
+            return Mark(level, rank, (level, rank, m[1]))
     return Mark("paragraph" if above in ("blank", "opaque") else "text")
 
 
 def read_marks(text):
-    """-> the lines of a text, and their Marks."""
+    """-> the lines of a text, and their Marks; a last one stands for the end."""
     hidden = OPAQUE.sub(lambda m: re.sub(r"[^\n]", HIDDEN, m[0]), text)
     lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
     names = Counter(re.split("[:：]", line)[0] for line in lines)
     marks = []
-    letters = []
-    for line, below in zip(lines, [*lines[1:], ""]):
+    for line in lines:
         above = marks[-1].level if marks else "blank"
-        mark = read_mark(line, below, above, letters)
+        mark = read_mark(line, above)
         if mark.level.endswith("label"):
             repeated = names[re.split("[:：]", line)[0]] > 1  # a field that every item has
             if repeated or above not in ("blank", "bullet"):  # a field of what stands above it
                 mark = Mark("text")
         marks.append(mark)
-    return lines, marks
+    return lines, [*marks, Mark("end", 0)]
 
 
-def outermost(marks, stretch):
-    """The outermost kind that has more than one mark in a stretch of lines, or None."""
-    kinds = Counter(marks[i].kind for i in stretch if marks[i].kind)
-    return min((kind for kind, n in kinds.items() if n > 1), key=lambda kind: kind[1], default=None)
-
-
-@dataclass
-class Run:
-    """Siblings: the lines where they start, and the line behind the last one."""
-    starts: list
-    end: int
-    allowed: int  # paragraphs that a part may hold: as many as one before it held
-
-
-def find_runs(lines, marks, stretch, kind):
-    """The runs of a kind in a stretch of lines."""
-    rank = kind[1]
-    starts = [i for i in stretch if marks[i].kind == kind]
-    runs = []
-    unbroken = False  # does the next part go on with the run?
-    for i, following in zip(starts, [*starts[1:], stretch.stop]):
-        if not unbroken:
-            runs.append(Run([], i, allowed=1 if rank < LIST else 0))
-        run = runs[-1]
-        run.starts.append(i)
-        run.end = next((k for k in range(i + 1, following) if marks[k].rank < rank), following)
-        paragraphs = [k for k in range(i + 1, run.end) if marks[k].level == "paragraph"]
+def find_run(lines, marks, first):
+    """The run of siblings that opens at a line: the lines where its parts start, and the line
+    behind the last one. Where no part starts, it is nothing but the line."""
+    _, rank, kind = marks[first]
+    run = [first]
+    allowed = 1 if rank < LIST else 0  # paragraphs of a part; then as many as one before it held
+    while kind and marks[run[-1]].kind == kind:
+        below = run[-1] + 1
+        end = next(k for k in itertools.count(below)
+                   if marks[k].rank < rank or marks[k].kind == kind)
+        paragraphs = [k for k in range(below, end) if marks[k].level == "paragraph"]
         # A conclusion, or a paragraph more than the parts before held, is no longer the part's: the
         # answer goes on. ("- a / - b / And so on." ends a list.) Below a heading it may still be,
         # if another heading follows.
         beyond = [k for n, k in enumerate(paragraphs)
-                  if n >= run.allowed or re.match(CONCLUSION, bare(lines[k]))]
-        is_last = run.end < following or following == stretch.stop
-        if beyond and len(run.starts) > 1 and (is_last or rank >= LIST):
-            run.end = beyond[0]
-        run.allowed = max(run.allowed, len(paragraphs))
-        unbroken = run.end == following
-    return [run for run in runs if len(run.starts) > 1]
+                  if n >= allowed or re.match(CONCLUSION, bare(lines[k]))]
+        is_last = marks[end].kind != kind
+        if beyond and len(run) > 1 and (is_last or rank >= LIST):
+            end = beyond[0]
+        allowed = max(allowed, len(paragraphs))
+        run.append(end)
+    return run
 
 
 # ---- extraction: titles and rules ---------------------------------------------
@@ -189,7 +154,6 @@ def find_runs(lines, marks, stretch, kind):
 LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
 LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
 TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
-MIN_SAVED = 6    # tokens; a smaller gain is not worth it
 
 
 def make_titles(parts):
@@ -207,26 +171,22 @@ def make_titles(parts):
         if 0 < label_words <= LABEL_WORDS:
             candidates = candidates[label_words - 1:]
         own = [opening for opening in candidates if count[bare(opening).lower()] == 1]
-        titles.append([*own, candidates[-1]][0])
+        titles.append(own[0] if own else candidates[-1])
     return titles
 
 
-def make_block(text, starts, parts, titles):
-    """The Block of parts that start at these characters of the text. A branch opens with the white
-    space behind the one before it, and the title of its first part."""
-    ends = [start + len(part) for start, part in zip(starts, parts)]
+def make_block(parts, titles):
+    """The Block of parts that follow each other. A branch opens with the white space behind the one
+    before it, and the title of its first part."""
     size = math.ceil(len(parts) / MAX_BRANCHES)  # neighbours that share a branch
     block = Block()
-    opens = starts[0]
+    space = ""
     for i in range(0, len(parts), size):
-        title_end = starts[i] + len(titles[i])
-        end = ends[i:i + size][-1]
-        block.append(Branch(text[opens:title_end], text[title_end:end]))
-        opens = end
+        text = "".join(parts[i:i + size])
+        rest = text[len(titles[i]):].rstrip()
+        block.append(Branch(space + titles[i], rest))
+        space = text[len(titles[i] + rest):]
     return block
-
-
-TERM = r"[^\W_](?:[\w.,'-]*\w)?"  # a word, a name or a number
 
 
 class Siblings(NamedTuple):
@@ -234,8 +194,7 @@ class Siblings(NamedTuple):
     parts: list       # texts
     titles: list
     block: Block      # what the run would become
-    start: int        # of the first part in the answer
-    first_said: dict  # {word: where the answer says it first, below 0 in the prompt}
+    above: str        # the prompt, and the answer up to the first part
 
     def say(self, pattern):
         """Does a part, its marker aside, match?"""
@@ -251,7 +210,7 @@ class Siblings(NamedTuple):
             taken = brought.intersection(re.findall(takes, part[len(title):]))
             if brings != takes:
                 taken -= own  # "a fox ... the fox" in one part
-            n += sum(self.first_said.get(word, self.start) >= self.start for word in taken)
+            n += sum(not re.search(rf"\b{re.escape(word)}\b", self.above) for word in taken)
             brought |= own
         return n
 
@@ -261,8 +220,9 @@ class Siblings(NamedTuple):
 def saves_nothing(siblings):
     """saves no steps"""
     rests = [len(TOKEN_LIKE.findall(rest)) for _, rest in siblings.block]
-    # As in aspd.stats: the longest rest is waited for, and two tags a title and three more.
-    return sum(rests) - max(rests) - 2 * len(rests) - 3 < MIN_SAVED
+    # As in aspd.stats: the longest rest is waited for, and two tags a title and three more. A gain
+    # of less than 6 tokens is not worth it.
+    return sum(rests) - max(rests) - 2 * len(rests) - 3 < 6
 
 
 def repeats_a_title(siblings):
@@ -272,10 +232,9 @@ def repeats_a_title(siblings):
 
 def skips_a_number(siblings):
     """its numbers skip one that a line inside a part starts with"""
-    openings = [re.match(r"\W*(?:[A-Z][a-z]+ )?(\d{1,9})", part) for part in siblings.parts]
-    numbers = [int(m[1]) if m else 0 for m in openings]
-    for part, low, high in zip(siblings.parts, numbers, numbers[1:]):
-        inside = map(int, re.findall(r"\n[^\w\n]*(?:[A-Z][a-z]+ )?(\d{1,9})", part))
+    line_number = re.compile(r"(?m)^[^\w\n]*(?:[A-Z][a-z]+ )?(\d{0,9})")  # "Step 2", or nothing
+    numbers = [[int(n or 0) for n in line_number.findall(part)] for part in siblings.parts]
+    for (low, *inside), (high, *_) in zip(numbers, numbers[1:]):
         if low > 0 and any(low < number < high for number in inside):
             return True
     return False
@@ -372,44 +331,31 @@ def extract(text, prompt=""):
     """
     lines, marks = read_marks(text)
     start = [0, *itertools.accumulate(map(len, lines))]  # of each line in the text
-    first_said = {}
-    for m in re.finditer(TERM, prompt + "\n" + text):
-        first_said.setdefault(m[0], m.start() - len(prompt) - 1)
-    blocks = {}  # by where they start
-    refusals = []
-    stretches = [range(len(lines))]
-    while stretches:
-        stretch = stretches.pop()
-        kind = outermost(marks, stretch)
-        if kind is None:
-            continue
-        runs = find_runs(lines, marks, stretch, kind)
-        for i in stretch:
-            if marks[i].kind == kind:
-                marks[i] = Mark("done", kind[1])  # so that this ends; its rank still ends runs
-        behind = stretch.start  # the line behind the last run
-        for run in runs:
-            stretches.append(range(behind, run.starts[0]))
-            behind = run.end
-            bounds = [start[i] for i in [*run.starts, run.end]]
-            parts = [text[a:b].rstrip() for a, b in zip(bounds, bounds[1:])]
-            titles = make_titles(parts)
-            block = make_block(text, bounds[:-1], parts, titles)
-            siblings = Siblings(parts, titles, block, bounds[0], first_said)
-            reasons = (rule.__doc__ or rule.__name__ for rule in RULES if rule(siblings))
-            reason = next(reasons, None)
-            if reason:
-                refusals.append((reason, bounds[0], bounds[-1]))
-                stretches += map(range, run.starts, [*run.starts[1:], run.end])  # into its parts
-            else:
-                blocks[bounds[0]] = block
-        stretches.append(range(behind, stretch.stop))
     segments = []
-    done = 0
-    for at, block in sorted(blocks.items()):
-        segments += [text[done:at], block]
-        done = at + len(join([block]))
-    return [segment for segment in [*segments, text[done:]] if segment], refusals
+    refusals = []
+    done = 0  # characters that are in segments
+    i = 0
+    while i < len(lines):
+        run = find_run(lines, marks, i)
+        i += 1
+        if len(run) < 3:
+            continue
+        bounds = [start[line] for line in run]
+        parts = [text[a:b] for a, b in zip(bounds, bounds[1:])]
+        titles = make_titles(parts)
+        block = make_block(parts, titles)
+        siblings = Siblings(parts, titles, block, prompt + "\n" + text[:bounds[0]])
+        reason = next((rule.__doc__ for rule in RULES if rule(siblings)), None)
+        if reason:
+            refusals.append((reason, bounds[0], bounds[-1]))
+            for line in run[:-1]:
+                marks[line] = Mark("refused", 0)  # it still ends runs inside the part before
+        else:
+            segments += [text[done:bounds[0]], block]
+            done = bounds[0] + len(join([block]))
+            i = run[-1]
+    segments.append(text[done:])
+    return [segment for segment in segments if segment], refusals
 
 
 # ---- rows and batches -------------------------------------------------------
@@ -419,7 +365,7 @@ def split_held_out(records):
     prompt is held out where there are two, none where there is one."""
     prompts = {r["prompt"] for r in records}
     shuffled = sorted(prompts, key=lambda prompt: (zlib.crc32(repr(prompt).encode()), prompt))
-    held = set(shuffled[:max(len(prompts) // 50, 1)] if len(prompts) > 1 else ())
+    held = {*shuffled[:min(max(len(prompts) // 50, 1), len(prompts) - 1)]}
     train = [r for r in records if r["prompt"] not in held]
     return train, [r for r in records if r["prompt"] in held]
 
@@ -472,36 +418,27 @@ def collate(rows, device="cpu"):
 
 # ---- loading ----------------------------------------------------------------
 
-BLANKS = b"\xef\xbb\xbf \t\r\n"  # and the byte order mark
 LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
            '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
 USERS = {"user", "human", "prompter"}
 ASSISTANTS = {"assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"}
 
 
-def parse_json(text, where):
-    """UTF-8 bytes -> object. ValueError with the place for anything else."""
-    with naming(f"{where}: not JSON (JSON Lines has one object a line)"):
-        return json.loads(text.decode("utf-8-sig"))
-
-
 def read_objects(path):
     """Yields (place, dict) for every record of a JSON array or of JSON Lines. ValueError with the
     place."""
-    data = Path(path).read_bytes()
-    if data.lstrip(BLANKS).startswith(b"["):
-        unit = "record"
-        records = enumerate(parse_json(data, path), start=1)
-    else:
-        unit = "line"
-        lines = enumerate(data.split(b"\n"), start=1)
-        records = ((n, parse_json(line, f"{path}, line {n}")) for n, line in lines
-                   if line.strip(BLANKS))
-    for n, r in records:
-        where = f"{path}, {unit} {n}"
-        check(isinstance(r, dict), f"{where}: expected an object, not {type(r).__name__}")
-        # null and NaN, which tables write, mean "not given"
-        yield where, {name: v for name, v in r.items() if v is not None and v == v}
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark
+    is_array = data.lstrip().startswith(b"[")
+    with naming(f"{path}: not JSON"):
+        records = json.loads(data.decode()) if is_array else data.split(b"\n")
+    for n, r in enumerate(records, start=1):
+        where = f"{path}, record {n}" if is_array else f"{path}, line {n}"
+        if is_array or r.strip():
+            with naming(f"{where}: not JSON (JSON Lines has one object a line)"):
+                r = r if is_array else json.loads(r.decode())
+            check(isinstance(r, dict), f"{where}: expected an object, not {type(r).__name__}")
+            # null and NaN, which tables write, mean "not given"
+            yield where, {name: v for name, v in r.items() if v is not None and v == v}
 
 
 def read_turns(record):
@@ -546,21 +483,21 @@ def read_answers(record, left_out):
 
 
 def read_records(path):
-    """Yields {"id", "prompt", "response", ...} for every answer of a file, then says on stderr what
+    """The {"id", "prompt", "response", ...} of every answer of a file, a list; says on stderr what
     was left out. ValueError for a file without an answer, and for what is not JSON."""
-    n_answers = 0
+    records = []
     left_out = Counter()
     for n, (_, r) in enumerate(read_objects(path)):
         kept = {name: r[name] for name in ("category", "model", "facts") if name in r}
         pairs = list(read_answers(r, left_out))
-        n_answers += len(pairs)
         for k, (prompt, response) in enumerate(pairs):
             own_id = r.get("id", n) if len(pairs) == 1 else f"{r.get('id', n)}-{k}"
-            yield {"id": own_id, "prompt": prompt, "response": response, **kept}
+            records.append({"id": own_id, "prompt": prompt, "response": response, **kept})
     reasons = ", ".join(f"{n} x {reason}" for reason, n in left_out.most_common(10))
-    check(n_answers, f"{path}: no usable answers ({reasons or 'no records'}); read are {LAYOUTS}")
+    check(records, f"{path}: no usable answers ({reasons or 'no records'}); read are {LAYOUTS}")
     if left_out:
         tqdm.write(printable(f"{path}: left out: {reasons}"), file=sys.stderr)
+    return records
 
 
 def read_prompts(path):
@@ -599,11 +536,8 @@ def cli(main):
     try:
         sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed before the start
         sys.stderr = sys.stderr or open(os.devnull, "w")
-        sys.stdout.reconfigure(errors="backslashreplace")  # for lone surrogates
-        try:
-            main()
-        finally:
-            sys.stdout.flush()  # fails here, if it fails, and not when Python ends
+        main()
+        sys.stdout.flush()  # fails here, if it fails, and not when Python ends
     except BrokenPipeError:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.exit(128 + 13)  # as if ended by SIGPIPE
@@ -671,10 +605,9 @@ class Tokenizer:
         return ids
 
     def add_tags(self):
-        """Gives the tags the first ids that are free -> a new Tokenizer."""
-        taken = {*self.bytes, *self.stop, *self.settings["taken"]}
-        free = (i for i in itertools.count() if i not in taken)
-        return Tokenizer(**self.settings | {"tags": tuple(itertools.islice(free, 6))})
+        """Gives the tags the ids after all others -> a new Tokenizer."""
+        first = self.vocab_size
+        return Tokenizer(**self.settings | {"tags": tuple(range(first, first + 6))})
 
 
 def learn_bpe(text, vocab_size=2048):
@@ -683,7 +616,7 @@ def learn_bpe(text, vocab_size=2048):
     words = Counter(re.findall(PATTERN, text)).most_common(4000)
     words = [(word.encode("utf-8", "replace").decode("latin-1"), n) for word, n in words]
     tokens = {chr(b): bytes([b]) for b in range(256)}
-    while len(tokens) < vocab_size:
+    for new in map(chr, range(256, vocab_size)):
         pairs = Counter()
         for word, n in words:
             for pair in zip(word, word[1:]):
@@ -691,22 +624,18 @@ def learn_bpe(text, vocab_size=2048):
         best = max(pairs, key=pairs.get, default=None)
         if pairs[best] < 2:
             break
-        new = chr(len(tokens))
         tokens[new] = tokens[best[0]] + tokens[best[1]]
         words = [(word.replace("".join(best), new), n) for word, n in words]
     return {token: i for i, token in enumerate(tokens.values())}
 
 
 def make_tokenizer(name, texts):
-    """A Tokenizer without tags. name: "bpe", which is learnt from the texts, a published folder, or
-    a name that tiktoken knows."""
-    if name == "bpe":
-        ranks = learn_bpe("".join(itertools.islice(texts, 2000)))
-        return Tokenizer(PATTERN, ranks, eos=len(ranks))
-    if Path(name).is_dir():
+    """A Tokenizer without tags. name: "bpe", which is learnt from the texts, or a published
+    folder."""
+    if name != "bpe":
         return published_tokenizer(name)
-    known = tiktoken.get_encoding(name)
-    return Tokenizer(known._pat_str, known._mergeable_ranks, known.eot_token)
+    ranks = learn_bpe("".join(itertools.islice(texts, 2000)))
+    return Tokenizer(PATTERN, ranks, eos=len(ranks))
 
 
 # ---- the built-in corpus ----------------------------------------------------
@@ -775,9 +704,9 @@ def corpus(n=6000, seed=1337, split="train"):
         is_val = size < 8 and random.Random(f"{kind} {about}").random() < 1 / 8
         if is_val == (split == "val"):
             prompt = rng.choice(ASKS).format(FORMS[kind][0], about)
-            facts = re.findall(r"[A-Z][^\n.:*]*\.", response)
             records.append({"id": len(records), "category": kind, "prompt": prompt,
-                            "response": response, "facts": facts})
+                            "response": response,
+                            "facts": re.findall(r"[A-Z][^\n.:*]*\.", response)})
     return records
 
 
@@ -788,11 +717,9 @@ def show(record, segments, refusals):
     print(printable(f"\n--- {record['id']}: {record['prompt'][:80]!r}"))
     for segment in segments:
         if isinstance(segment, Block):
-            for title, rest in segment:
-                text = f"[{title.strip()}]{rest}"
-                print(printable("| " + text.replace("\n", "\n| ")))
-        else:
-            print(printable(segment.strip("\n")))
+            branches = "".join(f"\n[{title.strip()}]{rest}" for title, rest in segment)
+            segment = branches.replace("\n", "\n| ")
+        print(printable(segment.strip("\n")))
     for reason, start, _ in refusals:
         print(f"    refused, {reason}: {record['response'][start:start + 60]!r}")
 
@@ -810,10 +737,10 @@ def main():
     p.add_argument("file", nargs="?", help=f"JSON (Lines) of {LAYOUTS}; none: the built-in corpus")
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     p.add_argument("--show", type=int, default=0, metavar="N", help="print the first N answers")
-    p.add_argument("--tokenizer", default="bpe", help="bpe (learnt), a tiktoken name or a folder")
+    p.add_argument("--tokenizer", default="bpe", help="to count in: bpe (learnt here) or a folder")
     args = p.parse_args()
 
-    records = list(read_records(args.file)) if args.file else corpus()
+    records = read_records(args.file) if args.file else corpus()
     tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records))
     counted = defaultdict(list)  # {category: the Stats of its answers}
     refused = Counter()          # {reason: how often}
@@ -879,12 +806,13 @@ def published_tokenizer(path):
         check(normalizer in (None, "NFC"), f"the normalizer {normalizer} is not supported")
         adds = re.search("'(SpecialToken|sep)'", str(t["post_processor"]))
         check(not adds, "a token before or after all text is not supported")
-    with naming(path):
-        config = read_json(Path(path, "tokenizer_config.json"))
-        eos, *stop = end_ids(path, config, special)
+    config = read_json(Path(path, "tokenizer_config.json"))
+    with naming(f"{path}/tokenizer_config.json"):
+        eos = config["eos_token"]
+        eos = special[eos["content"] if isinstance(eos, dict) else eos]
         chat, system = chat_form(path, config, special)
-        return Tokenizer(pattern, ranks, eos, None, stop, chat, system, normalizer == "NFC", added,
-                         taken=list(special.values()))
+        return Tokenizer(pattern, ranks, eos, None, more_ends(path), chat, system,
+                         normalizer == "NFC", added, taken=list(special.values()))
 
 
 def read_ranks(model, added):
@@ -906,21 +834,14 @@ def read_ranks(model, added):
     check(merged == sorted(merged), "ids in another order than the merges are not supported")
     order = {merge: n for n, merge in enumerate(merges)}
     for token in vocab:
-        own = apply_merges(token, order) == [token] and set(token) <= TO_BYTE.keys()
-        check(own, f"the token {token!r} does not come out of its bytes and their merges")
+        parts = list(token)
+        while len(parts) > 1:  # byte pair encoding by the book
+            pairs = list(zip(parts, parts[1:]))
+            first = min(pairs, key=lambda pair: order.get(pair, len(order)))
+            check(first in order, f"the token {token!r} does not come out of its merges")
+            i = pairs.index(first)
+            parts[i:i + 2] = ["".join(first)]
     return {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
-
-
-def apply_merges(token, order):
-    """Byte pair encoding by the book: joins the neighbours that come first in order, and again."""
-    parts = list(token)
-    while True:
-        pairs = list(zip(parts, parts[1:]))
-        first = min(pairs, key=lambda pair: order.get(pair, len(order)), default=None)
-        if first not in order:
-            return parts
-        i = pairs.index(first)
-        parts[i:i + 2] = ["".join(first)]
 
 
 def word_pattern(pre):
@@ -937,12 +858,9 @@ def word_pattern(pre):
     raise ValueError(f"the pre_tokenizer {pre} is not supported")
 
 
-def end_ids(path, config, special):
-    """-> the id that ends an answer in training, then all that end one."""
-    eos = config.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    check(eos in special, f"tokenizer_config.json: the eos_token {eos!r} is no special token")
-    ids = [special[eos]]
+def more_ends(path):
+    """The ids that end an answer, besides the one that ends it in training."""
+    ids = []
     for file in Path(path).glob("*config.json"):
         more = read_json(file).get("eos_token_id")
         ids += more if isinstance(more, list) else [more]
@@ -961,7 +879,7 @@ def chat_form(path, config, special):
         template = map_file(file)[:].decode()
     if not template:
         return [["{system}\n"], ["{prompt}\n"]], ""
-    digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(str(template).encode()).hexdigest()[:16]
     check(digest in CHATML, f"its chat template, of SHA-256 {digest}, is not supported")
     start = special["<|im_start|>"]
     end = special["<|im_end|>"]

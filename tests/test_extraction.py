@@ -83,7 +83,6 @@ STRUCTURES = {  # answer, the first words of the branches of every block
     "sections of several paragraphs": (
         f"## Body\n\n{WALK}.\n\nSlowly.\n\n## Mind\n\n{REST}.\n\nDaily.\n\nAlone.\n\n## Food\n\n{FOOD}.\n\nCheaply.\n",
         ["## Body", "## Mind", "## Food"]),
-    "underlined headings": (f"Body\n----\n\n{WALK}.\n\nMind\n----\n\n{REST}.\n", ["Body\n--", "Mind\n--"]),
     "bold lines": (f"**Body**\n\n{WALK}.\n\n**Mind**\n\n{REST}.\n", ["**Body", "**Mind"]),
     "bold labels": (f"**Body:** {WALK}.\n\n**Mind**: {REST}.\n", ["**Body", "**Mind"]),
     "label lines": (f"Body:\n{WALK}.\n\nMind:\n{REST}.\n", ["Body:", "Mind:"]),
@@ -101,8 +100,6 @@ STRUCTURES = {  # answer, the first words of the branches of every block
     "fields of the items are no items": (
         f"1. Ash\nHeight: thirty metres, {WALK}\nUse: tools\n2. Elm\nHeight: twenty metres, {REST}\nUse: boats\n",
         ["1. Ash", "2. Elm"]),
-    "Roman numbers hold letters": (
-        f"I. Body\nA. Walking: {WALK}\nB. Running\nII. Mind\nA. Sleep: {REST}\nB. Reading\n", ["I. Body", "II. Mind"]),
     "Chinese labels": ("早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n\n运动：每天早上散步三十分钟，风雨无阻，坚持一年。\n",
                        ["早睡", "运动"]),
     "numbered labels hold labels": (

@@ -525,7 +525,7 @@ REFUSED = {  # a change of tokenizer.json, and what the message must name
     "merge into an unknown token": (put(MERGES + ["z e"], "model", "merges"), "merge.*'z', 'e'"),
     "token without merges": (with_words(["ing"]), "token 'ing'"),
     "token that an earlier merge takes apart": (with_words(["ez", "hez"], "e z", "h ez"), "token 'hez'"),
-    "character of no byte": (with_words(["漢"]), "token '漢'"),
+    "character of no byte": (with_words(["漢"]), "漢"),
     "special token of the BPE": (with_token("Ġthe", 261, special=True), "the"),
     "repeated id": (put(30, "model", "vocab", "the"), "one id|an id|id"),
     "repeated id of an added token": (with_token("<x>", 30), "id"),
