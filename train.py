@@ -95,7 +95,7 @@ def prepare(args, state):
     if args.data:
         answers, held_out = split_held_out(list(read_records(args.data)))
     else:
-        answers = corpus(3200)
+        answers = corpus(3600)
         held_out = corpus(200, split="val")
 
     # 2) the model, split over the processes
