@@ -54,7 +54,7 @@ def parse_args():
     add("--out-dir", default="out", help="where ckpt.pt goes")
     add("--positions", choices=POSITIONS, default="aspd", help="how text goes on after a block")
     add("--no-branch-mask", action="store_true", help="ablation: branches see each other")
-    add("--tokenizer", default="bpe", help="from scratch: bpe (learnt here) or a name")
+    add("--tokenizer", default="bpe", help="from scratch: bpe (learnt here) or of a folder")
     add("--n-layer", type=int, default=3, help="from scratch: layers")
     add("--n-head", type=int, default=4, help="from scratch: attention heads of 64 channels")
     add("--block-size", type=int, default=1024, help="longer answers are left out")

@@ -831,7 +831,7 @@ def parse_args(argv=None):
     add("--ckpt", default="out", metavar="DIR", help="of train.py, or a published folder")
     add("--baseline", metavar="DIR", help="the serial twin's; none: --ckpt with blocks forbidden")
     add("--shape", choices=SHAPES, help="instead of --ckpt: random weights of a published shape")
-    add("--tokenizer", default="bpe", help="with --shape: bpe (learnt), a tiktoken name, a folder")
+    add("--tokenizer", default="bpe", help="with --shape: bpe (learnt) or a folder")
     add("--data", metavar="FILE", help="with --train: answers; none: the built-in corpus")
     add("--n", type=int, default=240, help="prompts of the built-in corpus")
     add("--limit", type=int, help="only so many prompts or answers, spread evenly over the file")
