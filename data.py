@@ -28,11 +28,10 @@ from aspd import (IGNORE, MAX_BRANCHES, Block, Branch, Tags, branch_mask, check,
 from model import map_file, read_json
 
 # ---- extraction: the outline of an answer -------------------------------------
-# Some lines open a part: a heading, a label, a list item. The outermost kind of them in a stretch
-# of lines falls into runs of siblings. A run becomes a block, or a rule says why it must not: a
+# Some lines open a part: a heading, a label, a list item. Parts of one kind that follow each other
+# are a run of siblings. From the top down, a run becomes a block, or a rule says why it must not: a
 # branch may rely on the question, on the text before its block and on all titles, but not on what a
-# sibling says. Then the parts of refused runs, and the stretches between runs, are looked into in
-# the same way.
+# sibling says. Then the parts of the refused run are looked into in the same way.
 
 # "3.", "(b)" without the bracket before it, "iv)", "三、"; but not "1.5" and "e.g."
 NUMBER = (r"(?:\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
@@ -78,7 +77,7 @@ CONCLUSION = (  # a part or paragraph that needs the parts before it: sums them 
 
 class Mark(NamedTuple):
     """What a line is in the outline."""
-    level: str        # of LEVELS, or conclusion, paragraph (starts), text, blank, opaque, done
+    level: str        # of LEVELS, or conclusion, paragraph (starts), text, blank, opaque, done, end
     rank: float = 99
     kind: tuple = ()  # level, rank, notation: what siblings have in common; empty if there are none
 
@@ -334,10 +333,8 @@ def extract(text, prompt=""):
     segments = []
     refusals = []
     done = 0  # characters that are in segments
-    i = 0
-    while i < len(lines):
+    for i in range(len(lines)):
         run = find_run(lines, marks, i)
-        i += 1
         if len(run) < 3:
             continue
         bounds = [start[line] for line in run]
@@ -345,15 +342,16 @@ def extract(text, prompt=""):
         titles = make_titles(parts)
         block = make_block(parts, titles)
         siblings = Siblings(parts, titles, block, prompt + "\n" + text[:bounds[0]])
-        reason = next((rule.__doc__ for rule in RULES if rule(siblings)), None)
+        reasons = (rule.__doc__ or rule.__name__ for rule in RULES if rule(siblings))
+        reason = next(reasons, None)
         if reason:
             refusals.append((reason, bounds[0], bounds[-1]))
             for line in run[:-1]:
-                marks[line] = Mark("refused", 0)  # it still ends runs inside the part before
+                marks[line] = Mark("done", 0)  # it still ends runs inside the part before
         else:
             segments += [text[done:bounds[0]], block]
             done = bounds[0] + len(join([block]))
-            i = run[-1]
+            marks[run[0]:run[-1]] = [Mark("done")] * (run[-1] - run[0])
     segments.append(text[done:])
     return [segment for segment in segments if segment], refusals
 
