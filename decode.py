@@ -108,7 +108,8 @@ class LM:
         if compile:
             torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
             torch._dynamo.mark_static_address(self.allow)  # CUDA graphs need not copy it
-            if self.device.type == "cpu":  # oneDNN packs the frozen weights, once for every width
+            if self.device.type == "cpu" and model.model.embed_tokens.weight.dtype == torch.bfloat16:
+                # oneDNN packs the frozen weights, once for every width; in float32 it does not pay.
                 torch._inductor.config.freezing = True
                 torch._inductor.config.cpp.enable_concat_linear = True  # q, k and v in one product
             mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
