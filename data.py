@@ -42,6 +42,7 @@ BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it cl
 # example:").
 NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
         r"(?: [^\s:：.!?,]{1,30}){0,2}")
+# What opens a sentence or a letter is no label.
 SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
 LIST = 10  # the rank of list items; what has a smaller one (a heading) stands above its text
 LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
@@ -53,6 +54,7 @@ LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
                    r"|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
     ("number", LIST, r"((?:\*\*|__)?[(（]?)(?=\d)" + NUMBER),
     ("letter", LIST, r"((?:\*\*|__)?[(（]?)" + NUMBER),
+    # Bullets rank behind numbers, for they often stand below one without being indented.
     ("bullet", LIST + 0.5, r"([-*+–](?=[ \t]+\S)|[•‣◦▪●・](?=[ \t]*\S))"),
     ("bold label", 8, BOLD + r"(?:[:：]\1|\1[:：])"),
     ("lone label", 8, rf"()(?!{SENTENCE}){NAME}[:：][ \t\r]*$"),  # its text stands below it

@@ -7,8 +7,8 @@ The model decides when: it opens a block by choosing <|title|>. The n-th token f
 the cache, and is fed exactly once. While a block is written, owner[slot] says which branch a slot
 belongs to; when it ends, its slots become everybody's. Nothing is moved, copied or computed again.
 
-    python decode.py --prompt "Tell me about Mars and Venus."
-    >>> generate(load("out"), "Tell me about Mars and Venus.").text
+    python decode.py --prompt "Write a guide to bears and goats."
+    >>> generate(load("out"), "Write a guide to bears and goats.").text
 """
 import argparse
 import json
@@ -108,10 +108,11 @@ class LM:
         if compile:
             torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
             torch._dynamo.mark_static_address(self.allow)  # CUDA graphs need not copy it
-            if self.device.type == "cpu" and model.model.embed_tokens.weight.dtype == torch.bfloat16:
-                # oneDNN packs the frozen weights, once for every width; in float32 it does not pay.
-                torch._inductor.config.freezing = True
-                torch._inductor.config.cpp.enable_concat_linear = True  # q, k and v in one product
+            # On a CPU oneDNN packs frozen weights, once for every width; in float32 it does not pay.
+            weight = model.model.embed_tokens.weight
+            packs = weight.is_cpu and weight.dtype == torch.bfloat16
+            torch._inductor.config.freezing = packs
+            torch._inductor.config.cpp.enable_concat_linear = packs  # q, k and v in one product
             mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
             self.compiled_step = torch.compile(
                 forward_pass, fullgraph=True, dynamic=False, mode=mode)

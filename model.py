@@ -82,11 +82,13 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
+    """nn.Linear by way of linear(): (..., in) -> (..., out)."""
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: x (B, T, C) -> (B, T, C); the others are as in GPT.forward."""
     def __init__(self, config):
         super().__init__()
         C, hs, bias = config.n_embd, config.head_size, config.qkv_bias
@@ -116,6 +118,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.gate_proj = Linear(config.n_embd, config.n_inner, bias=False)
@@ -127,6 +130,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each after a norm and added to the stream: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
