@@ -108,7 +108,7 @@ class LM:
         if compile:
             torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
             torch._dynamo.mark_static_address(self.allow)  # CUDA graphs need not copy it
-            # On a CPU oneDNN packs frozen weights, once for every width; in float32 it does not pay.
+            # On a CPU oneDNN packs frozen weights once for all widths; in float32 it does not pay.
             weight = model.model.embed_tokens.weight
             packs = weight.is_cpu and weight.dtype == torch.bfloat16
             torch._inductor.config.freezing = packs
