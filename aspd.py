@@ -152,9 +152,9 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
         at += POSITIONS[positions](lengths)
         at = add([tags.para_end], at, False)
 
-    # A chosen token is the target of the one before it in the row. That one is of its own stream,
-    # for every stream (the answer, a branch, what follows a block) begins with a forced token: what
-    # stands behind a <|/branch|> is a forced <|branch|> or <|/para|>, and so no target.
+    # A chosen token is the target of the one before it in the row. No target crosses from a branch
+    # into the next one, or into what follows the block: these begin with a forced token, <|branch|>
+    # or <|/para|>.
     token, block, branch, position, chosen = zip(*row)
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
@@ -176,8 +176,8 @@ def branch_mask(block, branch):
 def cache_mask(slot, branch, owner):
     """The same rule in the KV cache (section 3.4), where the tokens of live branches alternate: a
     query sees the slots at or before its own that are shared or belong to its branch.
-    slot, branch: (T,), of the queries; owner: (S,), the branch being written in a slot, 0 = shared
-    -> (T, S) bool."""
+    slot, branch: (T,), of the queries; owner: (S,), the branch being written in a slot, 0 = shared;
+    of slots that are not written yet it does not matter -> (T, S) bool."""
     at_or_before = torch.arange(len(owner), device=owner.device) <= slot[:, None]
     shared_or_own = (owner == 0) | (owner == branch[:, None])
     return at_or_before & shared_or_own

@@ -691,7 +691,7 @@ def draw(kind, rng):
     return about, len(rows), opening + told.rstrip() + "\n\n" + conclusion
 
 
-def corpus(n=6000, seed=1337, split="train"):
+def corpus(n=3600, seed=1337, split="train"):
     """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
     answer by. In "val" it is about things of which "train" has no answer of this kind; the longest
     are in "train", so that every fact is."""
@@ -736,7 +736,8 @@ def main():
     p = argparse.ArgumentParser(description="Finds the independent parts of answers.")
     p.add_argument("file", nargs="?", help=f"JSON (Lines) of {LAYOUTS}; none: the built-in corpus")
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
-    p.add_argument("--show", type=int, default=0, metavar="N", help="print the first N answers")
+    p.add_argument("--show", type=int, default=0, metavar="N",
+                   help="print the first N answers; a branch as | [title] rest")
     p.add_argument("--tokenizer", default="bpe", help="to count in: bpe (learnt here) or a folder")
     args = p.parse_args()
 
@@ -764,6 +765,8 @@ def main():
     row = "{:16}{answers:>8}{PPD:>7.0%}{ABN:>7.2f}{APD:>7.0%}{APE:>7.0%}{speedup:>9.2f}{best:>7.2f}"
     for category in sorted(counted, key=lambda name: name == "all"):
         print(row.format(printable(category), **metrics(counted[category])))
+    print("PPD: answers with a block. ABN: branches a block. APD: tokens in branches, APE: of\n"
+          "these those after the titles. Speedup: ideally, tokens / passes; see aspd.metrics.")
     print("\nblocks refused:" if refused else "\nno block was refused")
     for reason, n in refused.most_common():
         print(f"{n:>8}  {reason}")

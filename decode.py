@@ -55,8 +55,8 @@ def grammar(tokenizer, vocab_size):
 
 
 def sampling_settings(temperature, top_k, top_p, device):
-    """generate()'s -> the last arguments of sample(): tensors, so that other values compile nothing
-    again, and the number of candidates."""
+    """generate()'s -> the last arguments of sample(): two tensors, so that another temperature or
+    top_p does not compile the step again, and the number of candidates."""
     if temperature == 0:
         top_k = 1
     return *torch.tensor([max(temperature, 1e-6), top_p], device=device), top_k
@@ -162,7 +162,8 @@ class Budget:
         """May one more title start, so that every branch still gets MIN_BRANCH tokens after its
         title? In a new block two must fit."""
         new = 1 if block else 2
-        longer = [*block, *[Branch([None] * TITLE_CAP, [])] * new]
+        longest_title = [None] * TITLE_CAP  # who knows how long it will be
+        longer = [*block, *[Branch(longest_title, [])] * new]
         after_titles = Budget(self.left - new * (1 + TITLE_CAP + 1), self.max_branches)
         return len(longer) <= self.max_branches and after_titles.quota(longer) >= MIN_BRANCH
 
@@ -180,7 +181,7 @@ class Lane:
     number: int    # 1, 2, ... within its block
     rest: list     # what has been chosen, after its title; grows in place
     position: int  # of the first token in next
-    next: list     # tokens to feed: at first the prefix, then one, at last none
+    next: list     # tokens to feed: the prefix, then one a pass, then <|/branch|>, at last none
 
 
 class Engine:
@@ -193,7 +194,7 @@ class Engine:
         self.budget = budget
         self.sampling = sampling  # the last arguments of sample()
         self.watch = watch
-        # The power of two above, for few sizes; so the last slot is free for padding.
+        # The power of two above, for few sizes; so the last slot is never used.
         lm.model.setup_cache(1 << max(budget.left, 255).bit_length())
         draw = torch.Generator().manual_seed(seed % 2**63)
         self.uniform = torch.rand(budget.left, MAX_BRANCHES + 1, generator=draw)  # (T, branches)
@@ -208,7 +209,10 @@ class Engine:
         in a state of the grammar, after those at the indices `pick`, a list."""
         lm = self.lm
         n = len(fed)
-        u = [float(self.uniform[fed[i][1:]]) for i in pick]  # by (position, branch)
+        u = []  # a stream a branch: what it draws does not depend on the others
+        for i in pick:
+            _, position, branch = fed[i]
+            u.append(float(self.uniform[position, branch]))
         fed = [(*triple, slot) for slot, triple in enumerate(fed, start=self.slot)]
         self.slot += n
         self.steps += 1
@@ -218,7 +222,8 @@ class Engine:
             step = lm.compiled_step
             seen = len(lm.model.owner)  # a static shape, as is the width
             padding = (1 << (n - 1).bit_length()) - n  # to a power of two
-            fed += [(0, 0, -1, seen - 1)] * padding  # all in the last slot, which nobody sees
+            # In the last slot, which is never used, as tokens of a branch that there is not.
+            fed += [(0, 0, -1, seen - 1)] * padding
             u += [0.0] * padding
             pick = range(n + padding)
         choose = [(i, state) for i in pick]
@@ -268,6 +273,7 @@ class Engine:
                 title.append(token)
                 token = self.serial([token], TITLE)
             token = self.serial([self.tags.title_end], AFTER_TITLE)
+        # A title that max_branches forbids is the user's wish, one that lacks room is a cut.
         self.cut |= token == self.tags.title and len(block) < self.budget.max_branches
         self.branches(block)
         self.segments.append([])
@@ -275,7 +281,7 @@ class Engine:
 
     def branches(self, block):
         """Feeds <|para|> and all prefixes in one pass, then a token of every live branch a pass."""
-        start = self.position + 1
+        start = self.position + 1  # behind <|para|>
         lanes = []
         for number, (title, rest) in enumerate(block, start=1):
             lanes.append(Lane(number, rest, start, [self.tags.branch] + title))
@@ -290,7 +296,7 @@ class Engine:
         self.lm.model.owner.zero_()  # the block's slots become shared
         lengths = [len(title + rest) + BRANCH_TAGS for title, rest in block]
         self.position = start + POSITIONS[self.lm.model.config.positions](lengths)
-        self.budget.left -= 1 + sum(lengths)
+        self.budget.left -= 1 + sum(lengths)  # <|para|> and the branches
 
     def advance(self, lanes, quota, before=()):
         """One pass: feeds what comes next in every lane, and takes what the model chooses there,

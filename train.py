@@ -95,7 +95,7 @@ def prepare(args, state):
     if args.data:
         answers, held_out = split_held_out(list(read_records(args.data)))
     else:
-        answers = corpus(3600)
+        answers = corpus()
         held_out = corpus(200, split="val")
 
     # 2) the model, split over the processes
@@ -260,8 +260,8 @@ def train(args, state):
             dist.all_reduce(stop)  # a signal to any process stops all, at the same step
         if stop or step == args.steps or step % args.save_every == 0:
             save(model, optimizer, tokenizer, step, loss, args)
-    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}: saved\n"
-          f"Next: python decode.py --ckpt {args.out_dir} --prompt TEXT", flush=True)
+    print(f"{'stopped by a signal' if stop else 'done'} after step {step} of {args.steps}: saved",
+          flush=True)
 
     # 4) evaluation, which a signal may break off
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -269,6 +269,7 @@ def train(args, state):
     if held_out and not stop:
         loss = held_out_loss(model, held_out, tokenizer, args)
         print(f"held-out loss {loss:.4f} a plain token, over {len(held_out)} answers")
+    print(f"Next: python decode.py --ckpt {args.out_dir} --prompt TEXT")
 
 
 def main():

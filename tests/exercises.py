@@ -7,7 +7,7 @@
 
 An emptied function keeps its signature and its docstring, which says what goes in and what comes
 out. Its file must have no uncommitted changes; nothing else in it is touched, neither now nor by
---solution, which takes the function from the last commit.
+--solution, which takes the function from the last commit, and keeps yours in out-exercises/.
 """
 import argparse
 import ast
@@ -31,7 +31,7 @@ class Exercise(NamedTuple):
 
 
 EXERCISES = [
-    Exercise("aspd.branch_mask", "who sees whom in a row (section 3.2)", """
+    Exercise("aspd.branch_mask", "who sees whom in a row (the paper's section 3.2)", """
         A column compared with a row is a matrix: no loop is needed. Serial tokens have block 0 and
         branch 0. What does branch 2 of a block see of branch 1 of the same block, and what of
         branch 1 of an earlier one? Keep leading dimensions: a batch of rows has one.
@@ -49,8 +49,9 @@ EXERCISES = [
     Exercise("decode.grammar", "what may come next, in each of six states", """
         Even an untrained model must write a well-formed answer. No title is empty; end-of-text may
         end a branch but not a title; no text stands between two titles. A checkpoint may have no
-        tags, and a padded vocabulary has ids that are no token. One assignment a state is enough. The
-        ids are in tokenizer.bytes (of text), tokenizer.stop and tokenizer.tags.
+        tags: then TEXT_ONLY is the one state it needs. A padded vocabulary has ids that are no token.
+        That a block has two titles at least is the engine's business: AFTER_TITLE is one state.
+        The ids are in tokenizer.bytes (of text), tokenizer.stop and tokenizer.tags.
         """, ["test_grammar_allows_exactly_what_the_design_says"]),
     Exercise("decode.Budget.quota", "how branches share what is left of the budget", """
         It is asked after the titles, before <|para|> is fed. First take off what will be fed
@@ -140,9 +141,10 @@ Nested blocks. Let a list inside an item become a block within its branch: in ex
 
 Branches that see what their siblings have written so far, as in Group Think and Hogwild! Inference.
     What must change in branch_mask (which tokens of a sibling were there first?), in cache_mask (is
-    a smaller slot still an earlier step?) and in the positions, which siblings share? Which of the
-    two tests above falls? Judge: the other one, which must hold; then, with the edits of the
-    next question and trained anew, the facts in the running sums.
+    a smaller slot still an earlier step?) and in the positions, which siblings share? One of two
+    tests must fall: decoding equals one masked forward pass, or adaptive equals branchwise?
+    Judge: the other one, which must hold; then, trained anew with `RULES = RULES[:2]` below the rules of
+    data.py, so that the running sums are blocks, the facts in them.
 
 No validation. Accept every list, whether or not its parts rely on each other: `RULES = RULES[:2]`
     below the rules of data.py. Train again. Judge: the facts in tests/bench.py, kind by kind,
@@ -253,12 +255,19 @@ def main():
     source = path.read_bytes().decode()
     if args.solution:
         new, difference = put_back(source, git("show", f"HEAD:./{path.name}"), name)
+        if difference:
+            kept = ROOT / "out-exercises" / f"{n}.py"
+            kept.parent.mkdir(exist_ok=True)
+            lines = source.split("\n")
+            yours = lines[slice(*find_function(lines, name))]
+            kept.write_bytes("\n".join([*yours, ""]).encode())
+            difference.append(f"\nYours is kept in out-exercises/{kept.name}.")
         path.write_bytes(new.encode())
         print("\n".join(difference or [f"{name} in {path.name} was as last committed."]))
         return
     check(not git("status", "--porcelain", "--", path.name),
-          f"{path.name} has uncommitted changes: commit what is yours, and put back (--solution) "
-          "what an exercise emptied")
+          f"{path.name} has uncommitted changes: put back the exercise that is open (its number and "
+          "--solution; what you wrote is kept), and commit edits of your own")
     new = emptied(source, name)
     check(new != source, f"{name} is empty in the last commit: nothing could put it back")
     path.write_bytes(new.encode())

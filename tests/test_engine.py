@@ -541,8 +541,10 @@ def test_grammar_allows_exactly_what_the_design_says():
         BRANCH: text | stop | {tags.branch_end}}
     allow = decode.grammar(tagged, 800)
     assert allow.shape == (6, 800)
-    for state, ids in expected.items():
-        assert set(allow[state].nonzero()[:, 0].tolist()) == ids
+    names = ("TEXT_ONLY", "SERIAL", "TITLE_START", "TITLE", "AFTER_TITLE", "BRANCH")
+    for name, (state, ids) in zip(names, expected.items(), strict=True):
+        found = set(allow[state].nonzero()[:, 0].tolist())
+        assert found == ids, f"{name} lacks {sorted(ids - found)}, must not have {sorted(found - ids)}"
     assert set(decode.grammar(bare, 800)[TEXT_ONLY].nonzero()[:, 0].tolist()) == text | stop
 
 

@@ -80,13 +80,15 @@ class Tried(NamedTuple):
     emptied: dict
     failed: tuple    # the mark: [(outcome, test)], and what was printed
     comparison: str  # as printed
+    kept: str        # what was in the function's place
     after: dict
     passed: tuple    # the mark
 
 
 def contents(folder):
     """{path: bytes} of all code."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.py")}
+    paths = [*folder.glob("*.py"), *(folder / "tests").glob("*.py")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def try_exercise(folder, committed, n):
@@ -97,7 +99,8 @@ def try_exercise(folder, committed, n):
     emptied = contents(folder)
     failed = mark(folder, n)
     comparison = exercise(folder, n, "--solution").stdout
-    return Tried(before, task, emptied, failed, comparison, contents(folder), mark(folder, n))
+    kept = (folder / "out-exercises" / f"{n}.py").read_text(encoding="utf-8")
+    return Tried(before, task, emptied, failed, comparison, kept, contents(folder), mark(folder, n))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +147,9 @@ def test_an_emptied_function_fails_its_mark_and_its_solution_passes(tried, n):
     assert result.emptied == result.before | {path: source}
     assert line in result.task and f" python -m pytest -k exercise_{n}\n" in result.task
     assert result.comparison.startswith("--- yours\n+++ solution\n")
+    name = function.split(".")[-1]
+    assert f"def {name}(" in result.kept and result.kept.endswith(" return None\n")
+    assert result.kept.encode() in source, "what one wrote is kept"
     assert result.after == result.before
     outcomes, report = result.failed
     assert outcomes[-1] == ("FAILED", outcomes[-1][1]) and outcomes[-1][1] in marks, report[-3000:]
