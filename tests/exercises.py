@@ -143,8 +143,8 @@ Branches that see what their siblings have written so far, as in Group Think and
     What must change in branch_mask (which tokens of a sibling were there first?), in cache_mask (is
     a smaller slot still an earlier step?) and in the positions, which siblings share? One of two
     tests must fall: decoding equals one masked forward pass, or adaptive equals branchwise?
-    Judge: the other one, which must hold; then, trained anew with `RULES = RULES[:2]` below the rules of
-    data.py, so that the running sums are blocks, the facts in them.
+    Judge: the other one, which must hold; then, trained anew with `RULES = RULES[:2]` below the
+    rules of data.py, so that the running sums are blocks, the facts in them.
 
 No validation. Accept every list, whether or not its parts rely on each other: `RULES = RULES[:2]`
     below the rules of data.py. Train again. Judge: the facts in tests/bench.py, kind by kind,

@@ -573,7 +573,7 @@ BAD = [
 @pytest.mark.parametrize("line,named", BAD, ids=[line.replace("{files}/", "") for line, _ in BAD])
 def test_bad_command_line_is_refused_in_one_line(files, tmp_path, monkeypatch, capsys, line, named):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "corpus", lambda n, split="train": [])
+    monkeypatch.setattr(train, "corpus", lambda n=0, split="train": [])
     monkeypatch.chdir(tmp_path)
     before = sorted(files.rglob("*"))
     small = ["--n-head", "1"] + ["--device", "cpu"] * ("--device" not in line)
