@@ -32,9 +32,9 @@ import torch
 
 # For reading only: a tokenizer has six ids for them, which no text ever becomes.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
-# How far a block moves the serial stream on (section 3.3), by its branches' row tokens: by all, as
-# if they had been written one after the other, or by the longest. Either way no two tokens of a
-# stream share a position, and all positions are below the row's length.
+# Where serial text goes on after a block (section 3.3): the start of its branches, plus the sum of
+# their lengths, as if they had been written one after the other, or plus the longest. Either way no
+# token shares a position with one that it sees, and all positions are below the row's length.
 POSITIONS = {"aspd": sum, "longest": max}
 MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>, which count in the row as the branch's tokens do
@@ -141,7 +141,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
             at = add(segment, at, True)
             continue
         for number, (title, _) in enumerate(segment, start=1):
-            at = add([tags.title], at, number != 2)  # no choice: a block has at least two branches
+            at = add([tags.title], at, number != 2)  # the 2nd is forced: a block has at least two
             at = add(title + [tags.title_end], at, True)
         at = add([tags.para], at, True)
         n_blocks += 1
@@ -218,7 +218,7 @@ def metrics(answers):
     """The paper's figures over the Stats of many answers, a list -> dict (section 4.1)."""
     parallel = [s for s in answers if s.branches]
     # The ideal ones: tokens a pass, as if a wide pass took no longer than a narrow one.
-    speedups = [s.tokens / s.steps for s in answers]
+    speedups = [s.tokens / max(s.steps, 1) for s in answers]
 
     def mean(values):
         return sum(values) / max(len(values), 1)

@@ -33,7 +33,7 @@ from model import map_file, read_json
 # branch may rely on the question, on the text before its block and on all titles, but not on what a
 # sibling says. Then the parts of the refused run are looked into in the same way.
 
-# "3.", "(b)" without the bracket before it, "iv)", "三、"; but not "1.5" and "e.g."
+# "3.", "b)", "iv)", "三、"; not "1.5" (a digit follows) nor "e.g." (letter, dot, letter).
 NUMBER = (r"(?:\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
           r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")
 BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it closes it with \1
@@ -99,8 +99,8 @@ def read_mark(line, above):
     depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2  # in steps of two columns
     for level, rank, pattern in LEVELS:
         m = pattern.match(line.lstrip())
-        if m and (depth < 2 or rank >= LIST):
-            rank = rank or len(m[1])
+        if m and (depth < 2 or rank >= LIST):  # far indented, only list items count
+            rank = rank or len(m[1])           # 0 is a heading's
             if rank >= LIST:
                 rank += depth
             elif re.match(CONCLUSION, bare(line)):
@@ -131,21 +131,21 @@ def find_run(lines, marks, first):
     behind the last one. Where no part starts, it is nothing but the line."""
     _, rank, kind = marks[first]
     run = [first]
-    allowed = 1 if rank < LIST else 0  # paragraphs of a part; then as many as one before it held
+    usual = 1 if rank < LIST else 0  # paragraphs in a part; then, as many as the fullest so far
     while kind and marks[run[-1]].kind == kind:
         below = run[-1] + 1
         end = next(k for k in itertools.count(below)
                    if marks[k].rank < rank or marks[k].kind == kind)
         paragraphs = [k for k in range(below, end) if marks[k].level == "paragraph"]
-        # A conclusion, or a paragraph more than the parts before held, is no longer the part's: the
-        # answer goes on. ("- a / - b / And so on." ends a list.) Below a heading it may still be,
-        # if another heading follows.
+        # A conclusion, or a paragraph more than usual, is no longer the part's: the answer goes on.
+        # ("- a / - b / And so on." ends a list.) But the first part may hold any number, and so may
+        # what stands below a heading, if another heading follows.
         beyond = [k for n, k in enumerate(paragraphs)
-                  if n >= allowed or re.match(CONCLUSION, bare(lines[k]))]
+                  if n >= usual or re.match(CONCLUSION, bare(lines[k]))]
         is_last = marks[end].kind != kind
         if beyond and len(run) > 1 and (is_last or rank >= LIST):
             end = beyond[0]
-        allowed = max(allowed, len(paragraphs))
+        usual = max(usual, len(paragraphs))
         run.append(end)
     return run
 
@@ -161,7 +161,7 @@ def make_titles(parts):
     """A title for each part: its label if short, else the fewest words that are its own."""
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # 80 characters, 16 words: for decode.TITLE_CAP
+        line = part[:80].split("\n")[0].rstrip()  # so that few have over decode.TITLE_CAP tokens
         after_marker = len(line) - len(bare(line))
         words = list(TOKEN_LIKE.finditer(line, after_marker))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
@@ -202,15 +202,16 @@ class Siblings(NamedTuple):
         return any(re.search(pattern, bare(part)) for part in self.parts)
 
     def taken_up(self, brings, takes):
-        """How many things does one part bring in and a later one take up, once for every such part?
-        What the text above or the prompt names does not count. brings, takes: patterns."""
+        """Counts the things that one part brings in and a later one takes up; a thing counts once
+        in each later part, and not at all if the text above or the prompt names it. brings, takes:
+        patterns."""
         n = 0
         brought = set()
         for part, title in zip(self.parts, self.titles):
             own = set(re.findall(brings, part))
             taken = brought.intersection(re.findall(takes, part[len(title):]))
-            if brings != takes:
-                taken -= own  # "a fox ... the fox" in one part
+            if brings != takes:  # else all that is taken would be its own
+                taken -= own     # "a fox ... the fox" in one part
             n += sum(not re.search(rf"\b{re.escape(word)}\b", self.above) for word in taken)
             brought |= own
         return n
@@ -220,10 +221,8 @@ class Siblings(NamedTuple):
 
 def saves_nothing(siblings):
     """saves no steps"""
-    rests = [len(TOKEN_LIKE.findall(rest)) for _, rest in siblings.block]
-    # As in aspd.stats: the longest rest is waited for, and two tags a title and three more. A gain
-    # of less than 6 tokens is not worth it.
-    return sum(rests) - max(rests) - 2 * len(rests) - 3 < 6
+    s = stats(tokenize([siblings.block], TOKEN_LIKE.findall))
+    return s.tokens - s.steps < 6  # so little is not worth a block
 
 
 def repeats_a_title(siblings):
@@ -404,7 +403,7 @@ def batches(lengths, batch_size, seed):
 
 def collate(rows, device="cpu"):
     """Rows -> (token, position, mask, target), padded on the right to a multiple of 16, so that few
-    shapes occur: for each one kernels are chosen, or compiled, and kept.
+    shapes occur: torch sets kernels up for each, or compiles.
 
     token, position, target: (B, T). mask: (B, 1, T, T) bool."""
     T = math.ceil(max(len(row.token) for row in rows) / 16) * 16
@@ -443,17 +442,16 @@ def read_objects(path):
 
 def read_turns(record):
     """The turns of a record as [(role, text)]; none where it is in none of the LAYOUTS."""
-    if {"prompt", "response"} <= record.keys():
-        return [("user", record["prompt"]), ("assistant", record["response"])]
-    if {"instruction", "output"} <= record.keys():
-        asked = [("user", record[name]) for name in ("instruction", "input") if name in record]
-        return [*asked, ("assistant", record["output"])]
-    turns = record.get("conversations") or record.get("messages")
-    if not isinstance(turns, list):
-        return []
-    turns = [t if isinstance(t, dict) else {} for t in turns]
-    return [(t.get("from") or t.get("role"), t.get("value") or t.get("content") or "")
-            for t in turns]
+    match record:
+        case {"prompt": prompt, "response": response}:
+            return [("user", prompt), ("assistant", response)]
+        case {"instruction": prompt, "output": response}:
+            return [("user", prompt), ("user", record.get("input", "")), ("assistant", response)]
+        case {"conversations": [_, *_] as turns} | {"messages": [_, *_] as turns}:
+            turns = [t if isinstance(t, dict) else {} for t in turns]
+            return [(t.get("from") or t.get("role"), t.get("value") or t.get("content") or "")
+                    for t in turns]
+    return []
 
 
 def read_answers(record, left_out):
@@ -804,7 +802,7 @@ def published_tokenizer(path):
         odd += special.keys() & added.keys()
         check(not odd, f"added tokens that take blanks away or are part of others: {odd}")
         ranks = read_ranks(t["model"], special | added)
-        pattern = word_pattern(t["pre_tokenizer"] or {})
+        pattern = word_pattern(t["pre_tokenizer"])
         normalizer = (t["normalizer"] or {}).get("type")
         check(normalizer in (None, "NFC"), f"the normalizer {normalizer} is not supported")
         adds = re.search("'(SpecialToken|sep)'", str(t["post_processor"]))
@@ -849,15 +847,17 @@ def read_ranks(model, added):
 
 def word_pattern(pre):
     """The pre_tokenizer of a tokenizer.json cuts text into words -> a pattern that does it."""
-    *before, last = pre.get("pretokenizers", [pre])
-    kinds = [part.get("type") for part in [*before, last]]
-    kinds += [last.get("use_regex"), last.get("add_prefix_space")]
-    if kinds == ["ByteLevel", True, False]:
-        return GPT2
-    if kinds == ["Digits", "ByteLevel", True, False] and before[0]["individual_digits"]:
-        return DIGITS
-    if kinds == ["Split", "ByteLevel", False, False] and before[0]["behavior"] == "Isolated":
-        return before[0]["pattern"]["Regex"]
+    match pre:
+        case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
+            return GPT2
+        case {"pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]}:
+            return DIGITS
+        case {"pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated"},
+                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]}:
+            return words
     raise ValueError(f"the pre_tokenizer {pre} is not supported")
 
 

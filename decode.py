@@ -55,15 +55,15 @@ def grammar(tokenizer, vocab_size):
 
 
 def sampling_settings(temperature, top_k, top_p, device):
-    """generate()'s -> the last arguments of sample(): two tensors, so that another temperature or
-    top_p does not compile the step again, and the number of candidates."""
+    """generate()'s settings -> (temperature, top_p, top_k) for sample(). The first two are tensors:
+    with other numbers a compiled step would be compiled again."""
     if temperature == 0:
         top_k = 1
     return *torch.tensor([max(temperature, 1e-6), top_p], device=device), top_k
 
 
 def sample(logits, u, temperature, top_p, top_k):
-    """One token a row: logits (W, V) -> (W,). u (W,): a random number in [0, 1) for each. top_k 1
+    """One token a row: logits (L, V) -> (L,). u (L,): a random number in [0, 1) for each. top_k 1
     is greedy, 0 are all."""
     if top_k == 1:
         return logits.argmax(-1)
@@ -75,18 +75,18 @@ def sample(logits, u, temperature, top_p, top_k):
     return indices.gather(-1, chosen)[:, 0]
 
 
-def forward_pass(model, allow, fed, choose, u, sampling, seen):
+def forward_pass(model, allow, fed, choose, u, sampling, n_slots):
     """The step of all modes -> (tokens chosen (L,), their logits (L, V), which tests look at).
 
-    fed: (4, W) int64: token, position, branch and slot of the W tokens fed; the slots become the
-    branches'. choose: (2, L) int64: after which L of them to choose a token, and in which state.
-    allow: (6, V), the grammar. u: (L,) and sampling, a tuple: see sample(). seen: slots that are
-    read. A token is -1 where the logits are not finite.
+    fed: (4, W) int64: token, position, branch and slot of the W tokens fed; branch becomes the
+    owner of slot. choose: (2, L) int64: after which L of them to choose a token, and in which
+    state. allow: (6, V), the grammar. u: (L,) and sampling, a tuple: see sample(). n_slots: how
+    many slots attention reads. A token is -1 where the logits are not finite.
     """
     token, position, branch, slot = fed
     pick, state = choose
     model.owner[slot] = branch
-    mask = cache_mask(slot, branch, model.owner[:seen])
+    mask = cache_mask(slot, branch, model.owner[:n_slots])
     logits = model(token[None], position[None], mask, slot, pick)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # or float64
     chosen = sample(logits.masked_fill(~allow[state], -torch.inf), u, *sampling)
@@ -159,12 +159,12 @@ class Budget:
     max_branches: int
 
     def room(self, block):
-        """May one more title start, so that every branch still gets MIN_BRANCH tokens after its
-        title? In a new block two must fit."""
-        new = 1 if block else 2
-        longest_title = [None] * TITLE_CAP  # who knows how long it will be
-        longer = [*block, *[Branch(longest_title, [])] * new]
-        after_titles = Budget(self.left - new * (1 + TITLE_CAP + 1), self.max_branches)
+        """Is there room for one more branch (in a new block, two), with the longest title and at
+        least MIN_BRANCH tokens after the title for every branch?"""
+        n_new = 1 if block else 2
+        longest_title = [None] * TITLE_CAP
+        longer = [*block, *[Branch(longest_title, [])] * n_new]
+        after_titles = Budget(self.left - n_new * (1 + TITLE_CAP + 1), self.max_branches)
         return len(longer) <= self.max_branches and after_titles.quota(longer) >= MIN_BRANCH
 
     def quota(self, block):
@@ -194,7 +194,8 @@ class Engine:
         self.budget = budget
         self.sampling = sampling  # the last arguments of sample()
         self.watch = watch
-        # The power of two above, for few sizes; so the last slot is never used.
+        # The next power of two above budget.left, for few sizes; the last slot stays free for the
+        # padding of feed().
         lm.model.setup_cache(1 << max(budget.left, 255).bit_length())
         draw = torch.Generator().manual_seed(seed % 2**63)
         self.uniform = torch.rand(budget.left, MAX_BRANCHES + 1, generator=draw)  # (T, branches)
@@ -209,26 +210,24 @@ class Engine:
         in a state of the grammar, after those at the indices `pick`, a list."""
         lm = self.lm
         n = len(fed)
-        u = []  # a stream a branch: what it draws does not depend on the others
-        for i in pick:
-            _, position, branch = fed[i]
-            u.append(float(self.uniform[position, branch]))
         fed = [(*triple, slot) for slot, triple in enumerate(fed, start=self.slot)]
         self.slot += n
         self.steps += 1
         step = lm.step
-        seen = self.slot
+        n_slots = self.slot
         if lm.compiled_step and len(pick) == n:  # a token a stream: not for prefill and prefixes
             step = lm.compiled_step
-            seen = len(lm.model.owner)  # a static shape, as is the width
+            n_slots = len(lm.model.owner)  # a static shape, as is the width
             padding = (1 << (n - 1).bit_length()) - n  # to a power of two
             # In the last slot, which is never used, as tokens of a branch that there is not.
-            fed += [(0, 0, -1, seen - 1)] * padding
-            u += [0.0] * padding
+            fed += [(0, 0, -1, n_slots - 1)] * padding
             pick = range(n + padding)
-        choose = [(i, state) for i in pick]
-        fed, choose, u = (torch.tensor(x, device=lm.device) for x in (fed, choose, u))
-        chosen, _ = step(lm.model, lm.allow, fed.t(), choose.t(), u, self.sampling, seen)
+        fed = torch.tensor(fed).t()
+        choose = torch.tensor([(i, state) for i in pick]).t()
+        _, position, branch, _ = fed[:, choose[0]]
+        u = self.uniform[position, branch]  # so what a branch draws does not depend on the others
+        fed, choose, u = (x.to(lm.device) for x in (fed, choose, u))
+        chosen, _ = step(lm.model, lm.allow, fed, choose, u, self.sampling, n_slots)
         chosen = chosen.tolist()  # the one synchronisation of a pass
         if min(chosen) < 0:
             lm.model.owner = None  # a new cache for the next answer: masked or not, NaN spreads
@@ -273,7 +272,7 @@ class Engine:
                 title.append(token)
                 token = self.serial([token], TITLE)
             token = self.serial([self.tags.title_end], AFTER_TITLE)
-        # A title that max_branches forbids is the user's wish, one that lacks room is a cut.
+        # A title for which there is no room is a cut; one beyond max_branches is as asked for.
         self.cut |= token == self.tags.title and len(block) < self.budget.max_branches
         self.branches(block)
         self.segments.append([])
@@ -408,7 +407,7 @@ def main():
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    what.add_argument("--prompts", metavar="FILE", help='JSON Lines of {"prompt", "category"}')
+    what.add_argument("--prompts", metavar="FILE", help='JSON (Lines) of {"prompt", "category"}')
     add = p.add_argument
     add("--ckpt", default="out", metavar="DIR", help="of train.py, or a published Llama or Qwen2")
     add("--mode", choices=MODES, help="none: adaptive where the checkpoint has tags, else serial")

@@ -58,11 +58,11 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask):
-    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs), an additive mask (B, 1, nh/nkv T, S)
-    -> (B, nh, T, hs)."""
+    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs), an additive mask ((nh/nkv) * T, S) or
+    (B, 1, (nh/nkv) * T, S), made in GPT.forward -> (B, nh, T, hs)."""
     # The nh/nkv heads that share keys become one head with more queries, for two reasons: every key
     # is read once, and torch's masked kernels for CUDA know no groups.
-    folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, nh/nkv T, hs)
+    folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, (nh/nkv) * T, hs)
     if q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16:
         # In training, plain products need a third of the time of torch's kernel, but more memory.
         scores = folded / q.size(-1) ** 0.5 @ k.transpose(-1, -2)
@@ -73,9 +73,9 @@ def attend(q, k, v, mask):
 
 
 def linear(x, weight, bias=None):
-    """F.linear; decoding in float32 on a CPU, oneDNN's product, which F.linear takes for bfloat16
-    only: of few tokens it needs two thirds of the time."""
-    decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # see decode.LM
+    """F.linear; but float32 decoding on a CPU calls oneDNN's product itself, as F.linear does in
+    bfloat16 only: it is a third faster on few tokens."""
+    decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # decode.LM freezes
     if decoding and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation
     return F.linear(x, weight, bias)
@@ -284,8 +284,8 @@ def from_published(path):
 
 
 def published_config(settings):
-    """What a config.json holds -> GPTConfig. Those of rotary positions stand at the top, in
-    rope_scaling or in rope_parameters, by the age of the file."""
+    """What a config.json holds -> GPTConfig. By the age of the file, the settings of rotary
+    positions stand at the top, in rope_scaling or in rope_parameters."""
     c = {}
     for part in (settings, settings.get("rope_scaling"), settings.get("rope_parameters")):
         c |= {name: value for name, value in (part or {}).items() if value is not None}

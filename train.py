@@ -32,8 +32,8 @@ from data import (Tokenizer, batches, cli, collate, corpus, make_rows, make_toke
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, from_published,
                    read_checkpoint, save_checkpoint)
 
-# A new tag starts as the mean of these words (in the order of TAG_NAMES), and so as likely as they
-# are: take words that answers do not have in sequence.
+# Tag i of TAG_NAMES starts as the mean of the tokens of TAG_WORDS[i]: phrases that answers hardly
+# ever have, for a tag starts about as likely as its words.
 TAG_WORDS = [tag + end for tag in (" headline", " parallel", " branch") for end in ("", " closed")]
 RANK = int(os.environ.get("RANK", 0))         # torchrun starts processes 0, 1, ...
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and says how many
@@ -93,13 +93,13 @@ def prepare(args, state):
     answer fits."""
     # 1) answers
     if args.data:
-        answers, held_out = split_held_out(list(read_records(args.data)))
+        answers, held_out = split_held_out(read_records(args.data))
     else:
         answers = corpus()
         held_out = corpus(200, split="val")
 
     # 2) the model, split over the processes
-    torch.manual_seed(args.seed % 2**63)  # torch takes no others
+    torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
     model, tokenizer = make_model(args, state, answers)
     if WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
@@ -111,6 +111,8 @@ def prepare(args, state):
     config = replace(model.config, block_size=min(args.block_size, model.config.block_size))
     rows = make_rows(answers, tokenizer, config, args.mode)
     held_out = make_rows(held_out, tokenizer, config, args.mode)
+    if args.no_branch_mask:  # all in one branch, so that branches see each other
+        rows = [row._replace(branch=row.branch * 0) for row in rows]
     check(rows, f"none of {len(answers)} answers to train on fits {config.block_size} tokens")
     args.steps = args.steps or math.ceil(2 * len(rows) / (args.batch_size * args.accumulate))
     n_tokens = sum(len(row.token) for row in rows)
@@ -164,13 +166,11 @@ def count_targets(rows):
     return sum(int((row.target != IGNORE).sum()) for row in rows)
 
 
-def summed_loss(model, rows, args, masked=True):
+def summed_loss(model, rows, args):
     """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T)
-    if not masked:
-        mask = None  # causal: branches see each other
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
-    padding = (0, -len(pick) % 128)  # few shapes, as in collate; token 0 again, without a target
+    padding = (0, -len(pick) % 128)  # few shapes, as in collate: index 0 again, without a target
     target = F.pad(target.flatten()[pick], padding, value=IGNORE)
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logits = model(idx, position, mask, pick=F.pad(pick, padding))  # (N, V)
@@ -183,7 +183,7 @@ def train_step(model, step_batches, optimizer, args):
     targets = sum(map(count_targets, step_batches))
     total = torch.zeros((), device=args.device)
     for rows in step_batches[RANK::WORLD]:
-        loss = summed_loss(model, rows, args, not args.no_branch_mask) / targets
+        loss = summed_loss(model, rows, args) / targets
         (loss * WORLD).backward()  # fully_shard takes the mean over the processes
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -854,7 +854,6 @@ def parse_args(argv=None):
     args.repeats = args.repeats or (30 if args.step else 5 if args.train else 1)
     names = ("temperature", "top_k", "top_p", "seed")
     args.sampling = {name: getattr(args, name) for name in names}  # as generate() takes them
-    args.no_branch_mask = False  # train_step() reads it
     check_device(args.device)
     check(args.dtype != "float64" or not (args.held_out or args.train or args.all_gpu),
           "--dtype float64: training and its loss are computed in float32 or bfloat16")

@@ -412,9 +412,8 @@ def compare_states(one, two):
 
 # ---- losses -----------------------------------------------------------------
 
-def settings(batch_size=4, no_branch_mask=False):
-    return Namespace(device="cpu", dtype="float32", batch_size=batch_size,
-                     no_branch_mask=no_branch_mask)
+def settings(batch_size=4):
+    return Namespace(device="cpu", dtype="float32", batch_size=batch_size)
 
 
 def some_rows():
@@ -500,19 +499,34 @@ def test_held_out_loss_counts_the_plain_tokens_that_the_model_chooses():
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_sees_the_branch_mask_unless_told_otherwise():
-    """With the mask a branch's loss does not depend on its sibling's text; without it, it does."""
-    net = tiny_model()
+@pytest.mark.parametrize("options", [[], ["--no-branch-mask"]])
+def test_training_sees_the_branch_mask_unless_told_otherwise(
+        tmp_path, monkeypatch, answers, options):
+    """With the mask a branch's loss does not depend on its sibling's text; without it, it does.
+    Held-out answers always have it."""
     rows = []
     for other in ([5, 6, 7, 8], [9, 9, 9, 9]):
         block = Block([Branch([66], other), Branch([65], [1, 2, 3, 4])])
         row = layout([1], [block], TOKENIZER.eos, TOKENIZER.tags)
         rows.append(row._replace(target=row.target.masked_fill(row.branch != 2, IGNORE)))
-    for no_branch_mask in (False, True):
-        args = settings(no_branch_mask=no_branch_mask)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-        a, b = (train.train_step(net, [[row]], optimizer, args) for row in rows)
-        assert (abs(a - b) > 1e-5) == no_branch_mask
+    taken = {}  # {function: the rows it gets}
+
+    def take(name):
+        def function(model, rows, *_):
+            taken[name] = rows
+            return 0.0
+        monkeypatch.setattr(train, name, function)
+
+    monkeypatch.setattr(train, "make_rows", lambda *_: rows)
+    take("train_step")
+    take("held_out_loss")
+    run_main(monkeypatch, *SMALL, "--data", answers, "--batch-size", 2, "--steps", 1,
+             "--out-dir", tmp_path, *options)
+    net = tiny_model()
+    [taken["train_step"]] = taken["train_step"]  # of the one batch
+    for name, [a, b] in taken.items():
+        a, b = (summed_loss(net, [row], settings()).item() for row in (a, b))
+        assert (abs(a - b) > 1e-5) == (name == "train_step" and bool(options))
 
 
 # ---- bad input --------------------------------------------------------------
