@@ -161,7 +161,7 @@ def make_titles(parts):
     """A title for each part: its label if short, else the fewest words that are its own."""
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # so that few have over decode.TITLE_CAP tokens
+        line = part[:80].split("\n")[0].rstrip()  # few titles then exceed decode.TITLE_CAP
         after_marker = len(line) - len(bare(line))
         words = list(TOKEN_LIKE.finditer(line, after_marker))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
