@@ -222,9 +222,9 @@ class Engine:
             # In the last slot, which is never used, as tokens of a branch that there is not.
             fed += [(0, 0, -1, n_slots - 1)] * padding
             pick = range(n + padding)
-        fed = torch.tensor(fed).t()
-        choose = torch.tensor([(i, state) for i in pick]).t()
-        _, position, branch, _ = fed[:, choose[0]]
+        fed = torch.tensor(fed).t()                            # (4, W)
+        choose = torch.tensor([(i, state) for i in pick]).t()  # (2, L)
+        _, position, branch, _ = fed[:, choose[0]]             # where a token is chosen
         u = self.uniform[position, branch]  # so what a branch draws does not depend on the others
         fed, choose, u = (x.to(lm.device) for x in (fed, choose, u))
         chosen, _ = step(lm.model, lm.allow, fed, choose, u, self.sampling, n_slots)

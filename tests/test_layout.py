@@ -265,6 +265,12 @@ def test_stats_of_the_worked_example():
     assert (s.tokens, s.steps, s.branches) == (3, 3, ())
 
 
+def test_metrics_of_an_empty_answer():
+    """A model may end at once: no tokens in no steps."""
+    figures = aspd.metrics([stats([])])
+    assert figures["answers"] == 1 and figures["speedup"] == figures["PPD"] == 0
+
+
 @pytest.mark.parametrize("seed,shape", CASES)
 def test_stats_count_what_the_row_shows(seed, shape):
     """Steps and tokens, counted again from the row: serial row tokens but <|para|>, and for each
