@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from aspd import check, naming
+from aspd import MAX_BRANCHES, check, naming
 
 ONEDNN = torch.backends.mkldnn.is_available()
 FORMAT = "aspd-2"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
@@ -63,10 +63,12 @@ def attend(q, k, v, mask):
     # The nh/nkv heads that share keys become one head with more queries, for two reasons: every key
     # is read once, and torch's masked kernels for CUDA know no groups.
     folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, (nh/nkv) * T, hs)
-    if q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16:
-        # In training, plain products need a third of the time of torch's kernel, but more memory.
-        scores = folded / q.size(-1) ** 0.5 @ k.transpose(-1, -2)
-        y = (scores + mask.to(q.dtype)).softmax(-1) @ v
+    a_step = q.size(2) <= MAX_BRANCHES  # a token of each branch
+    if a_step or (q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16):
+        # Plain products need a third of the time of torch's kernel: for few tokens on a GPU, and to
+        # train in bfloat16 on a CPU. Elsewhere they need more memory, and no less time.
+        scores = folded @ k.transpose(-1, -2)
+        y = torch.add(mask.to(q.dtype), scores, alpha=q.size(-1) ** -0.5).softmax(-1) @ v
     else:
         y = F.scaled_dot_product_attention(folded, k, v, mask)
     return y.reshape(q.shape)

@@ -183,7 +183,8 @@ def feed(engine, width, end):
 def warm_up(lm, slots, args, widths=WIDTHS):
     """Gives the model a cache of so many slots, and feeds a prompt and three steps of each width:
     that compiles, and chooses kernels. -> the Engine."""
-    lm.model.owner = None  # not the larger cache of a bench before: compiled steps read all of it
+    if lm.model.owner is not None and len(lm.model.owner) >= 2 * slots:
+        lm.model.owner = None  # too large, of a bench before: compiled steps read all of it
     *settings, seed = args.sampling.values()
     budget = Budget(slots - 1, MAX_BRANCHES)
     engine = Engine(lm, "serial", budget, sampling_settings(*settings, lm.device), seed, None)
@@ -559,12 +560,12 @@ def to_replay(records, lm):
     for r in records:
         segments, _ = extract(r["response"], r["prompt"])
         ids = tokenize(segments, tokenizer.encode)
-        budget = len(layout([], ids, tokenizer.eos, tokenizer.tags).token)
+        budget = len(layout([], ids, tokenizer.eos, tokenizer.tags).token) + 200  # see Budget.room
         fits = bool(r["prompt"].strip())
         for block in ids:
             if isinstance(block, Block):
-                longest = max(len(title) + len(rest) for title, rest in block)
-                budget += len(block) * (longest + 100)  # an equal share for each; room for titles
+                longest = max(len(rest) for _, rest in block)
+                budget += sum(longest - len(rest) for _, rest in block)  # an equal share for each
                 fits &= max(len(title) for title, _ in block) <= TITLE_CAP
                 fits &= len(block) <= MAX_BRANCHES
         row_tokens = len(tokenizer.prompt(r["prompt"])) + budget

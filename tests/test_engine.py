@@ -39,19 +39,20 @@ X, Y, Z = b"xyz"
 
 # ---- models, and what is watched while they decode --------------------------
 
-def random_lm(dtype=torch.float64, seed=0, compile=False, tokenizer=TOKENIZER, **config):
+def random_lm(dtype=torch.float64, seed=0, compile=False, tokenizer=TOKENIZER, device="cpu",
+              **config):
     """A tiny untrained model over bytes; its last ids have no token."""
     torch.manual_seed(seed)
     settings = dict(block_size=1024, vocab_size=TOKENIZER.vocab_size + 5, n_layer=2, n_head=4,
                     n_kv_head=2, n_embd=32, n_inner=48, head_size=8)
-    return LM(GPT(GPTConfig(**settings | config)).to(dtype), tokenizer, compile)
+    return LM(GPT(GPTConfig(**settings | config)).to(device, dtype), tokenizer, compile)
 
 
 def like(lm, **bonus):
     """Makes the model fond of some ids: adds a bonus to their logits, so that random weights write
     blocks. By the names of the tags, eos, or nothing, which is an id without a token."""
     weight = lm.model.model.embed_tokens.weight
-    added = torch.zeros(len(weight), dtype=weight.dtype)
+    added = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
     ids = TAGS._asdict() | {"eos": EOS, "nothing": -1}
     for name, value in bonus.items():
         added[ids[name]] = value

@@ -559,7 +559,7 @@ BAD = [
     ("--data {files}/good.jsonl --block-size 8", "none of 39 answers.* 8 tokens"),
     ("--positions sideways", "sideways"),
     ("--mode parallel", "parallel"),
-    ("--device cuda", "CUDA"),
+    ("--device cuda:99", "cuda:99"),
     ("--device abacus", "abacus"),
     ("--dtype float8", "float8"),
     ("--tokenizer klingon --data {files}/good.jsonl", "klingon"),
