@@ -30,10 +30,10 @@ def some_ids(n):
 # ---- attention and positions ------------------------------------------------
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-@pytest.mark.parametrize("T,S", [(1, 9), (5, 9), (6, 6)])
+@pytest.mark.parametrize("T,S", [(1, 9), (5, 9), (6, 6), (20, 24)])
 def test_attend_is_softmax_of_the_scores_over_the_visible_keys(n_kv_head, T, S):
     """Head after head, written out; every query head reads its group's keys; the mask as
-    GPT.forward folds it."""
+    GPT.forward folds it; for as few tokens as a step has, and for more."""
     torch.manual_seed(0)
     q = torch.randn(2, 4, T, 8, dtype=torch.float64)
     k, v = torch.randn(2, 2, n_kv_head, S, 8, dtype=torch.float64)
