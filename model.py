@@ -63,12 +63,16 @@ def attend(q, k, v, mask):
     # The nh/nkv heads that share keys become one head with more queries, for two reasons: every key
     # is read once, and torch's masked kernels for CUDA know no groups.
     folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, (nh/nkv) * T, hs)
-    a_step = q.size(2) <= MAX_BRANCHES  # a token of each branch
-    if a_step or (q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16):
-        # Plain products are faster than torch's kernel: for few tokens on a GPU (three times with
-        # 2,048 slots), and to train in bfloat16 on a CPU. Elsewhere they only need more memory.
-        scores = folded @ k.transpose(-1, -2)
-        y = torch.add(mask.to(q.dtype), scores, alpha=q.size(-1) ** -0.5).softmax(-1) @ v
+    is_step = q.size(2) <= MAX_BRANCHES  # of decoding: a token of each branch
+    trains_in_bfloat16 = q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16
+    if is_step or trains_in_bfloat16:
+        # Plain products are faster than torch's kernel for few tokens on a GPU, and no slower on a
+        # CPU; so they are to train in bfloat16 on a CPU. For a long prompt they need more of both,
+        # time and memory.
+        scale = q.size(-1) ** -0.5
+        scores = folded @ k.transpose(-1, -2)                      # (B, nkv, (nh/nkv) * T, S)
+        scores = torch.add(mask.to(q.dtype), scores, alpha=scale)  # mask + scale * scores
+        y = scores.softmax(-1) @ v
     else:
         y = F.scaled_dot_product_attention(folded, k, v, mask)
     return y.reshape(q.shape)
