@@ -305,7 +305,7 @@ class Engine:
         for lane in lanes:
             fed += [(token, lane.position + i, lane.number) for i, token in enumerate(lane.next)]
             ends.append(len(fed) - 1)
-        for lane, token in zip(lanes, self.feed(fed, ends, BRANCH)):
+        for lane, token in zip(lanes, self.feed(fed, ends, BRANCH), strict=True):
             lane.position += len(lane.next)
             ended = token == self.tags.branch_end or token in self.lm.tokenizer.stop
             if lane.next == [self.tags.branch_end]:

@@ -560,12 +560,13 @@ def to_replay(records, lm):
     for r in records:
         segments, _ = extract(r["response"], r["prompt"])
         ids = tokenize(segments, tokenizer.encode)
-        budget = len(layout([], ids, tokenizer.eos, tokenizer.tags).token) + 200  # see Budget.room
+        budget = len(layout([], ids, tokenizer.eos, tokenizer.tags).token)
+        budget += 200  # before each title Budget.room asks for the longest one
         fits = bool(r["prompt"].strip())
         for block in ids:
             if isinstance(block, Block):
                 longest = max(len(rest) for _, rest in block)
-                budget += sum(longest - len(rest) for _, rest in block)  # an equal share for each
+                budget += sum(longest - len(rest) for _, rest in block)  # shares are equal
                 fits &= max(len(title) for title, _ in block) <= TITLE_CAP
                 fits &= len(block) <= MAX_BRANCHES
         row_tokens = len(tokenizer.prompt(r["prompt"])) + budget

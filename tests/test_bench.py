@@ -76,6 +76,17 @@ def test_replay_refuses_an_answer_that_the_engine_had_to_cut(lm, args):
         bench.replay(lm, record, "adaptive", args)
 
 
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 3, 3, 200)])
+def test_replay_has_room_for_a_short_block_and_for_its_longest_branch(
+        lm, args, monkeypatch, lengths):
+    """A budget as small as to_replay()'s lets the engine open the block and end every branch."""
+    block = Block(Branch(f"{i}. ", "x" * n) for i, n in enumerate(lengths, start=1))
+    monkeypatch.setattr(bench, "extract", lambda text, prompt: ([block], []))
+    record, = bench.to_replay([{"prompt": "List them.", "response": ""}], lm)
+    assert record["ids"] == tokenize([block], lm.tokenizer.encode)
+    bench.replay(lm, record, "adaptive", args)  # raises where the engine had to cut
+
+
 def test_replay_works_through_the_compiled_step_too(lm, args):
     """What stands in for a compiled step gets the passes of one token a branch, padded to a power
     of two; nothing is left to compile after the warm-up."""
