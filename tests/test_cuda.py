@@ -1,4 +1,4 @@
-"""On a CUDA GPU: decoding there is decoding on the CPU, which the other tests hold against training;
+"""On a CUDA GPU: decoding there is decoding on the CPU, which other tests hold against training;
 compiled equals eager; a training step computes the same. All is skipped where there is no GPU."""
 from argparse import Namespace
 from copy import deepcopy
@@ -7,10 +7,9 @@ import bench
 import pytest
 import torch
 
-import model
 import train
-from aspd import Block, Branch, layout, plain
-from decode import LM, MODES, generate
+from aspd import Block, Branch, layout
+from decode import MODES, generate
 from helpers import TOKENIZER, random_ids
 from test_engine import caches, fond, graphs, like, random_lm, told
 
