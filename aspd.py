@@ -37,26 +37,30 @@ TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "
 # token shares a position with one that it sees, and all positions are below the row's length.
 POSITIONS = {"aspd": sum, "longest": max}
 MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
-BRANCH_TAGS = 2    # <|branch|> and <|/branch|>, which count in the row as the branch's tokens do
+BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
 
+class BadInput(ValueError):
+    """What was given is wrong; a command line says it in one line. All else is a bug, and shows."""
+
+
 def check(ok, message):
-    """Raises ValueError with the message unless ok."""
+    """Raises BadInput with the message unless ok."""
     if not ok:
-        raise ValueError(message)
+        raise BadInput(message)
 
 
 @contextmanager
 def naming(where):
-    """Whatever goes wrong inside becomes a ValueError of one line that starts with the place."""
+    """Whatever goes wrong inside becomes a BadInput of one line that starts with the place."""
     try:
         yield
     except Exception as e:
         text = f"no {e}" if isinstance(e, KeyError) else str(e)  # str() of it is only the key
         reason = " ".join(text.split())
         place = "" if reason.startswith(str(where)) else f"{where}: "  # not twice, where they nest
-        raise ValueError(f"{place}{reason:.300}") from None
+        raise BadInput(f"{place}{reason:.300}") from None
 
 
 # ---- an answer --------------------------------------------------------------
@@ -68,7 +72,8 @@ class Branch(NamedTuple):
 
 
 class Block(list):
-    """Two or more Branches that do not need each other. Test for it: serial ids are a list, too."""
+    """Two or more Branches that do not need each other. isinstance() tells it from serial ids,
+    which are a list, too."""
 
 
 Tags = namedtuple("Tags", "title title_end para para_end branch branch_end")  # ids of TAG_NAMES
@@ -227,8 +232,8 @@ def metrics(answers):
         "answers": len(answers),
         "PPD": mean([bool(s.branches) for s in answers]),  # share of the answers with a block
         "ABN": mean([n for s in parallel for n in s.branches]),               # branches a block
-        "APD": mean([s.branch_tokens / s.tokens for s in parallel]),          # share in branches
-        "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # of it, no title
+        "APD": mean([s.branch_tokens / s.tokens for s in parallel]),          # tokens in branches
+        "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # of these, no title
         "speedup": mean(speedups),
         "best": max(speedups, default=0),
     }

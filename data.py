@@ -23,8 +23,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from aspd import (IGNORE, MAX_BRANCHES, Block, Branch, Tags, branch_mask, check, join, layout,
-                  metrics, naming, stats, tokenize)
+from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Branch, Tags, branch_mask, check, join,
+                  layout, metrics, naming, stats, tokenize)
 from model import map_file, read_json
 
 # ---- extraction: the outline of an answer -------------------------------------
@@ -42,7 +42,7 @@ BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it cl
 # example:").
 NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
         r"(?: [^\s:：.!?,]{1,30}){0,2}")
-# What opens a sentence or a letter is no label.
+# What opens a sentence or an e-mail is no label.
 SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
 LIST = 10  # the rank of list items; what has a smaller one (a heading) stands above its text
 LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
@@ -90,7 +90,7 @@ def bare(text):
 
 
 def read_mark(line, above):
-    """The Mark of a line. above: the level of the last."""
+    """The Mark of a line. above: the level of the line above."""
     content = line.strip().strip("-=*_ \t")  # nothing, where it is a rule of dashes
     if not content:
         return Mark("blank")
@@ -128,7 +128,7 @@ def read_marks(text):
 
 def find_run(lines, marks, first):
     """The run of siblings that opens at a line: the lines where its parts start, and the line
-    behind the last one. Where no part starts, it is nothing but the line."""
+    behind the last one. Where no part starts, it is the line alone."""
     _, rank, kind = marks[first]
     run = [first]
     usual = 1 if rank < LIST else 0  # paragraphs in a part; then, as many as the fullest so far
@@ -220,7 +220,7 @@ class Siblings(NamedTuple):
 # A rule is true of siblings that must not become a block; its docstring is the reason it gives.
 
 def saves_nothing(siblings):
-    """saves no steps"""
+    """saves too few steps"""
     s = stats(tokenize([siblings.block], TOKEN_LIKE.findall))
     return s.tokens - s.steps < 6  # so little is not worth a block
 
@@ -336,7 +336,7 @@ def extract(text, prompt=""):
     done = 0  # characters that are in segments
     for i in range(len(lines)):
         run = find_run(lines, marks, i)
-        if len(run) < 3:
+        if len(run) < 3:  # fewer than two parts
             continue
         bounds = [start[line] for line in run]
         parts = [text[a:b] for a, b in zip(bounds, bounds[1:])]
@@ -539,7 +539,7 @@ def cli(main):
     except BrokenPipeError:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.exit(128 + 13)  # as if ended by SIGPIPE
-    except (ValueError, OSError, RuntimeError) as e:
+    except (BadInput, OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "compiler" not in str(e):  # --compile found none
             raise
         print("error:", printable(" ".join(str(e).split("\n\n")[0].split())), file=sys.stderr)
@@ -671,7 +671,7 @@ ASKS = ("Write {} {}.", "Give me {} {}.", "Can you make {} {}?")
 
 
 def draw(kind, rng):
-    """-> (what an answer is about, how many things that are, the answer)."""
+    """-> (what an answer is about, how many things those are, the answer)."""
     _, opening, thing = FORMS[kind]
     if kind == "sums":  # every line needs the one before, so they must stay serial
         km = rng.randint(10, 20)
@@ -691,10 +691,10 @@ def draw(kind, rng):
 
 def corpus(n=3600, seed=1337, split="train"):
     """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
-    answer by. In "val" it is about things of which "train" has no answer of this kind; the longest
-    are in "train", so that every fact is."""
+    answer by. In "val" an answer is about what no answer of its kind in "train" is about. Lists of
+    all animals are in "train", and with them every animal's facts."""
     rng = random.Random(f"{split} {seed}")
-    kinds = [*FORMS, "sums"]  # they are the hardest to learn
+    kinds = [*FORMS, "sums"]  # twice as many: they are the hardest to learn
     records = []
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]
@@ -858,7 +858,7 @@ def word_pattern(pre):
                 {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated"},
                 {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]}:
             return words
-    raise ValueError(f"the pre_tokenizer {pre} is not supported")
+    raise BadInput(f"the pre_tokenizer {pre} is not supported")
 
 
 def more_ends(path):

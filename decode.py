@@ -20,14 +20,15 @@ from pathlib import Path
 
 import torch
 
-from aspd import BRANCH_TAGS, MAX_BRANCHES, POSITIONS, Block, Branch, cache_mask, check, plain
+from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, cache_mask, check,
+                  plain)
 from data import Tokenizer, cli, printable, published_tokenizer, read_prompts, write_whole
 from model import check_device, from_checkpoint, from_published, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
-# Of the command line, handed to generate().
+# Options of the command line that main() hands to generate().
 SETTINGS = "mode system max_new_tokens temperature top_k top_p seed max_branches".split()
 
 
@@ -59,12 +60,13 @@ def sampling_settings(temperature, top_k, top_p, device):
     with other numbers a compiled step would be compiled again."""
     if temperature == 0:
         top_k = 1
-    return *torch.tensor([max(temperature, 1e-6), top_p], device=device), top_k
+    temperature, top_p = torch.tensor([max(temperature, 1e-6), top_p], device=device)
+    return temperature, top_p, top_k
 
 
 def sample(logits, u, temperature, top_p, top_k):
     """One token a row: logits (L, V) -> (L,). u (L,): a random number in [0, 1) for each. top_k 1
-    is greedy, 0 are all."""
+    is greedy, 0 takes all."""
     if top_k == 1:
         return logits.argmax(-1)
     values, indices = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # best first
@@ -120,7 +122,7 @@ class LM:
 
 def load(path="out", device="cpu", dtype=None, compile=False):
     """An LM from a folder, of train.py or published. dtype: "float32", "bfloat16" or "float64";
-    None: bfloat16 on CUDA, else float32, in which few tokens are as fast on a CPU (model.linear).
+    None: bfloat16 on CUDA, else float32, which on a CPU is as fast for few tokens (model.linear).
     ValueError without a usable checkpoint."""
     check_device(device)
     if Path(path, "config.json").exists() and not Path(path, "ckpt.pt").exists():
@@ -198,19 +200,20 @@ class Engine:
         # padding of feed().
         lm.model.setup_cache(1 << max(budget.left, 255).bit_length())
         draw = torch.Generator().manual_seed(seed % 2**63)
-        self.uniform = torch.rand(budget.left, MAX_BRANCHES + 1, generator=draw)  # (T, branches)
+        # A random number for every [position, branch].
+        self.uniform = torch.rand(budget.left, MAX_BRANCHES + 1, generator=draw)
         self.slot = 0      # the next slot
         self.position = 0  # the next position of the serial stream
         self.steps = -1    # passes; the prefill makes it 0
         self.segments = [[]]
         self.cut = False   # has the budget or the context cut anything?
 
-    def feed(self, fed, pick, state):
+    def feed(self, triples, pick, state):
         """One pass: feeds (token, position, branch) triples at the next slots -> the tokens chosen,
         in a state of the grammar, after those at the indices `pick`, a list."""
         lm = self.lm
-        n = len(fed)
-        fed = [(*triple, slot) for slot, triple in enumerate(fed, start=self.slot)]
+        n = len(triples)
+        fed = [(*triple, slot) for slot, triple in enumerate(triples, start=self.slot)]
         self.slot += n
         self.steps += 1
         step = lm.step
@@ -231,7 +234,7 @@ class Engine:
         chosen = chosen.tolist()  # the one synchronisation of a pass
         if min(chosen) < 0:
             lm.model.owner = None  # a new cache for the next answer: masked or not, NaN spreads
-            raise ValueError(f"the logits of step {self.steps} are not finite")
+            raise BadInput(f"the logits of step {self.steps} are not finite")
         if self.watch:
             self.watch(self)
         return chosen[:n]
@@ -298,8 +301,8 @@ class Engine:
         self.budget.left -= 1 + sum(lengths)  # <|para|> and the branches
 
     def advance(self, lanes, quota, before=()):
-        """One pass: feeds what comes next in every lane, and takes what the model chooses there,
-        until a branch ends, by itself or by its quota."""
+        """One pass: feeds what comes next in every lane. What the model chooses there is next; but
+        <|/branch|> is where a branch has ended, by itself or by its quota."""
         fed = list(before)
         ends = []
         for lane in lanes:

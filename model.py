@@ -67,8 +67,8 @@ def attend(q, k, v, mask):
     trains_in_bfloat16 = q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16
     if is_step or trains_in_bfloat16:
         # Plain products are faster than torch's kernel for few tokens on a GPU, and no slower on a
-        # CPU; so they are to train in bfloat16 on a CPU. For a long prompt they need more of both,
-        # time and memory.
+        # CPU. They are also faster for training in bfloat16 on a CPU. For a long prompt they take
+        # more time and more memory.
         scale = q.size(-1) ** -0.5
         scores = folded @ k.transpose(-1, -2)                      # (B, nkv, (nh/nkv) * T, S)
         scores = torch.add(mask.to(q.dtype), scores, alpha=scale)  # mask + scale * scores

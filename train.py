@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py ...               # 8 devices share a step's 8 batches
 
 All that is special about ASPD happened in the layout; this is an ordinary training loop. Under
-torchrun every process keeps a part of the weights and computes a part of a step's batches, so with
-one process and --accumulate 8 the last command's steps are the same.
+torchrun every process keeps a part of the weights and computes a part of a step's batches; one
+process with --accumulate 8 takes the same steps as the last command.
 """
 import argparse
 import itertools
@@ -45,7 +45,7 @@ MAY_CHANGE = {"out_dir", "device", "compile", "resume", "save_every"}  # with --
 
 def parse_args():
     """-> args, and the state to go on from: a checkpoint's, or that of a new run. ValueError naming
-    a setting that cannot be."""
+    a setting that is out of range, or not that of the run to resume."""
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--data", metavar="FILE", help="answers; none: the built-in corpus")
@@ -235,8 +235,8 @@ def train(args, state):
 
     # 2) Ctrl-C and SIGTERM let the current step end, which is then saved
     signals = []
-    signal.signal(signal.SIGINT, lambda *_: signals.append("Ctrl-C"))
-    signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *which: signals.append(which))
 
     # 3) the loop
     stop = False

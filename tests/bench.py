@@ -35,7 +35,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aspd import IGNORE, MAX_BRANCHES, Block, Row, check, layout, plain, stats, tokenize
+from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Row, check, layout, plain, stats,
+                  tokenize)
 from data import (batches, cli, collate, corpus, extract, make_rows, make_tokenizer, read_prompts,
                   read_records, split_held_out, write_whole)
 from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load,
@@ -377,7 +378,7 @@ def bench_transformers(args):
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise ValueError("--transformers: that library is not installed") from None
+        raise BadInput("--transformers: that library is not installed") from None
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
     dtype = lm.model.model.embed_tokens.weight.dtype
     model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).to(args.device).eval()

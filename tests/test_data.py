@@ -461,11 +461,16 @@ def test_an_error_that_is_not_bad_input_is_not_hidden(capsys):
     def bug():
         raise RuntimeError("shapes do not match")
 
+    def bug_of_a_value():
+        raise ValueError("too many values to unpack")
+
     def lacking():
         raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE")
 
     with pytest.raises(RuntimeError, match="shapes"):
         data.cli(bug)
+    with pytest.raises(ValueError, match="too many"):
+        data.cli(bug_of_a_value)
     with pytest.raises(SystemExit):
         data.cli(lacking)
     assert capsys.readouterr().err == "error: No working C++ compiler found\n"

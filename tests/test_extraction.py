@@ -281,7 +281,7 @@ REFUSED = {  # reason: answers
     "goes on with a sibling's story": [
         f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
         f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n"],
-    "saves no steps": ["1. Ash\n2. Elm\n3. Oak\n", "- Yes, of course.\n- No.\n"],
+    "saves too few steps": ["1. Ash\n2. Elm\n3. Oak\n", "- Yes, of course.\n- No.\n"],
 }
 CASES = [(reason, answer) for reason, answers in REFUSED.items() for answer in answers]
 
