@@ -219,7 +219,7 @@ class Siblings(NamedTuple):
 
 # A rule is true of siblings that must not become a block; its docstring is the reason it gives.
 
-def saves_nothing(siblings):
+def saves_too_little(siblings):
     """saves too few steps"""
     s = stats(tokenize([siblings.block], TOKEN_LIKE.findall))
     return s.tokens - s.steps < 6  # so little is not worth a block
@@ -318,7 +318,7 @@ def tells_on(siblings):
     return re.match(EPISODE, siblings.titles[0]) and siblings.taken_up(PERSON, PERSON) > 3
 
 
-RULES = [saves_nothing, repeats_a_title, skips_a_number, concludes, is_performed, goes_on,
+RULES = [saves_too_little, repeats_a_title, skips_a_number, concludes, is_performed, goes_on,
          points_at_sibling, uses_sibling_value, uses_sibling_name, takes_up_things, tells_on]
 
 
@@ -694,7 +694,7 @@ def corpus(n=3600, seed=1337, split="train"):
     answer by. In "val" an answer is about what no answer of its kind in "train" is about. Lists of
     all animals are in "train", and with them every animal's facts."""
     rng = random.Random(f"{split} {seed}")
-    kinds = [*FORMS, "sums"]  # twice as many: they are the hardest to learn
+    kinds = [*FORMS, "sums"]  # sums twice: they are the hardest to learn
     records = []
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]

@@ -301,8 +301,8 @@ class Engine:
         self.budget.left -= 1 + sum(lengths)  # <|para|> and the branches
 
     def advance(self, lanes, quota, before=()):
-        """One pass: feeds what comes next in every lane. What the model chooses there is next; but
-        <|/branch|> is where a branch has ended, by itself or by its quota."""
+        """One pass: feeds what every lane has next, and puts there what the model then chooses, or
+        <|/branch|> where the branch has ended, by itself or by its quota."""
         fed = list(before)
         ends = []
         for lane in lanes:
