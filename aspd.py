@@ -42,7 +42,7 @@ IGNORE = -100      # "no target here": the value that cross_entropy skips
 
 
 class BadInput(ValueError):
-    """What was given is wrong; a command line says it in one line. All else is a bug, and shows."""
+    """What was given is wrong; a command line says so in one line; of a bug it shows where."""
 
 
 def check(ok, message):
@@ -222,7 +222,7 @@ def stats(segments):
 def metrics(answers):
     """The paper's figures over the Stats of many answers, a list -> dict (section 4.1)."""
     parallel = [s for s in answers if s.branches]
-    # The ideal ones: tokens a pass, as if a wide pass took no longer than a narrow one.
+    # Of each answer, ideally: tokens a pass, as if a wide one took no longer than a narrow one.
     speedups = [s.tokens / max(s.steps, 1) for s in answers]
 
     def mean(values):

@@ -44,7 +44,7 @@ NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:�
         r"(?: [^\s:：.!?,]{1,30}){0,2}")
 # What opens a sentence or an e-mail is no label.
 SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
-LIST = 10  # the rank of list items; what has a smaller one (a heading) stands above its text
+LIST = 10  # the rank of list items; headings, labels and ordinals, further out, have a smaller one
 LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
     # Name, rank (the smaller, the further out), pattern of a line; the first that matches counts.
     # Group 1 of the pattern is the notation that siblings have in common.
@@ -69,7 +69,7 @@ OPAQUE = re.compile(r"""(?mx)  # what is never cut; if it is not closed, it last
     | ^ .*\\\[ (?! .*\\\] ) [\s\S]*? (?: \\\] | \Z )  # \[ formula \]
     | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*                      # a row of a table; a short formula
     """)
-HIDDEN = "\0"  # replaces every character of it, so that all others keep their places
+HIDDEN = "\0"  # replaces its characters but line breaks, so that all others keep their places
 MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # what a part opens with: "- ", "2. **"
 CONCLUSION = (  # a part or paragraph that needs the parts before it: sums them up, or works on them
     r"(?i)(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In (?:short|essence|conclusion),|Overall"
@@ -110,7 +110,7 @@ def read_mark(line, above):
 
 
 def read_marks(text):
-    """-> the lines of a text, and their Marks; a last one stands for the end."""
+    """-> the lines of a text, what is OPAQUE hidden, and their Marks; the last Mark is the end."""
     hidden = OPAQUE.sub(lambda m: re.sub(r"[^\n]", HIDDEN, m[0]), text)
     lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
     names = Counter(re.split("[:：]", line)[0] for line in lines)
@@ -119,7 +119,7 @@ def read_marks(text):
         above = marks[-1].level if marks else "blank"
         mark = read_mark(line, above)
         if mark.level.endswith("label"):
-            repeated = names[re.split("[:：]", line)[0]] > 1  # a field that every item has
+            repeated = names[re.split("[:：]", line)[0]] > 1  # a field of several items
             if repeated or above not in ("blank", "bullet"):  # a field of what stands above it
                 mark = Mark("text")
         marks.append(mark)
@@ -276,7 +276,7 @@ def points_at_sibling(siblings):
     return siblings.say(POINTS)
 
 
-VALUE = r"\d[\d,.]*\d"
+VALUE = r"\d[\d,.]*\d"  # two digits or more: one may be there by chance
 RESULT = rf"[=≈][^\w\n]{{0,6}}({VALUE})(?!\S{{0,9}} *[-+*/])"  # "= 42", not "= 42 + 1"
 
 

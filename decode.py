@@ -328,8 +328,9 @@ def generate(lm, prompt, mode=None, *, system=None, max_new_tokens=512, temperat
 
     mode: "adaptive" (the engine), "branchwise" (the same, one branch after the other) or "serial"
     (no blocks); None: adaptive where there are tags. system: None is the model's own.
-    max_new_tokens: after the prompt, tags included. temperature 0 is greedy; top_k 0 and top_p 1
-    are off. watch: called with the Engine after every pass, before its tokens are added.
+    max_new_tokens: after the prompt, with tags and repeated titles. temperature 0 is greedy; top_k
+    0 and top_p 1 are off. watch: called with the Engine after every pass, before its tokens are
+    added.
     ValueError for a value out of range, and for a prompt that is too long.
     """
     tokenizer = lm.tokenizer
@@ -415,7 +416,7 @@ def main():
     add("--ckpt", default="out", metavar="DIR", help="of train.py, or a published Llama or Qwen2")
     add("--mode", choices=MODES, help="none: adaptive where the checkpoint has tags, else serial")
     add("--system", metavar="TEXT", help="system text; none: the model's own")
-    add("--max-new-tokens", type=int, default=512, help="tokens after the prompt, tags included")
+    add("--max-new-tokens", type=int, default=512, help="to be fed: text, tags, repeated titles")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
     add("--top-p", type=float, default=1.0, help="from the best that together reach p; 1 is off")

@@ -94,7 +94,8 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: x (B, T, C) -> (B, T, C); the others are as in GPT.forward."""
+    """Grouped-query attention: x (B, T, C) -> (B, T, C). cos, sin: of rope(); mask: of attend();
+    slot: of GPT.forward."""
     def __init__(self, config):
         super().__init__()
         C, hs, bias = config.n_embd, config.head_size, config.qkv_bias

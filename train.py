@@ -5,7 +5,7 @@
     python train.py --data answers.jsonl --init-from DIR   # fine-tune a Llama or Qwen2 model
     torchrun --nproc_per_node=8 train.py ...               # 8 devices share a step's 8 batches
 
-All that is special about ASPD happened in the layout; this is an ordinary training loop. Under
+What is special about ASPD is in layout() and collate(); this is an ordinary training loop. Under
 torchrun every process keeps a part of the weights and computes a part of a step's batches; one
 process with --accumulate 8 takes the same steps as the last command.
 """
@@ -70,7 +70,7 @@ def parse_args():
     add("--resume", action="store_true", help="go on from the checkpoint in out-dir")
     args = p.parse_args()
     state = read_checkpoint(args.out_dir) if args.resume else {"args": {}, "step": 0}
-    p.set_defaults(**state["args"])  # and once more: what is not given stays as it was
+    p.set_defaults(**state["args"])  # and again: what is not given stays, but MAY_CHANGE
     args = p.parse_args()
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
