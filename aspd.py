@@ -42,7 +42,7 @@ IGNORE = -100      # "no target here": the value that cross_entropy skips
 
 
 class BadInput(ValueError):
-    """What was given is wrong; a command line says so in one line; of a bug it shows where."""
+    """What was given is wrong. A command line says so in one line; a bug has a traceback."""
 
 
 def check(ok, message):

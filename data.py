@@ -69,7 +69,7 @@ OPAQUE = re.compile(r"""(?mx)  # what is never cut; if it is not closed, it last
     | ^ .*\\\[ (?! .*\\\] ) [\s\S]*? (?: \\\] | \Z )  # \[ formula \]
     | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*                      # a row of a table; a short formula
     """)
-HIDDEN = "\0"  # replaces its characters but line breaks, so that all others keep their places
+HIDDEN = "\0"  # replaces what is opaque, line breaks aside; so all else keeps its place
 MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # what a part opens with: "- ", "2. **"
 CONCLUSION = (  # a part or paragraph that needs the parts before it: sums them up, or works on them
     r"(?i)(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In (?:short|essence|conclusion),|Overall"

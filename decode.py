@@ -416,7 +416,7 @@ def main():
     add("--ckpt", default="out", metavar="DIR", help="of train.py, or a published Llama or Qwen2")
     add("--mode", choices=MODES, help="none: adaptive where the checkpoint has tags, else serial")
     add("--system", metavar="TEXT", help="system text; none: the model's own")
-    add("--max-new-tokens", type=int, default=512, help="to be fed: text, tags, repeated titles")
+    add("--max-new-tokens", type=int, default=512, help="after the prompt; tags and titles count")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
     add("--top-p", type=float, default=1.0, help="from the best that together reach p; 1 is off")

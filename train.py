@@ -70,7 +70,7 @@ def parse_args():
     add("--resume", action="store_true", help="go on from the checkpoint in out-dir")
     args = p.parse_args()
     state = read_checkpoint(args.out_dir) if args.resume else {"args": {}, "step": 0}
-    p.set_defaults(**state["args"])  # and again: what is not given stays, but MAY_CHANGE
+    p.set_defaults(**state["args"])  # again: what is not given stays, except MAY_CHANGE
     args = p.parse_args()
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":

@@ -843,7 +843,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=4, help="with --train, --held-out: answers in memory")
     add("--batches", type=int, default=8, help="with --train: different batches")
     add("--block-size", type=int, default=1024, help="--train, --held-out: of rows, at most")
-    add("--max-new-tokens", type=int, default=1024, help="tokens after a prompt, tags included")
+    add("--max-new-tokens", type=int, default=1024, help="after a prompt; tags and titles count")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
     add("--top-p", type=float, default=1.0, help="from the best that together reach p; 1 is off")
