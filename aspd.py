@@ -16,51 +16,28 @@ and then all its branches side by side (line breaks only for reading):
     serial        everything else: text, the titles before a block, <|para|>, <|/para|>      3.1
     layout        the training sequence: tokens, positions and targets                       3.2
     branch_mask   the branch-invisible mask                                                  3.2
-    positions     after a block: on by the sum ("aspd", Seq) or the longest ("longest", Max) 3.3
-    cache_mask    branch_mask again, for the hybrid engine's one KV cache                    3.4
-    Stats         tokens and passes of one answer                                            4.1
-    metrics       of many: PPD, ABN, APD, APE                                                4.1
+    POSITIONS     where serial text goes on after a block: Seq ("aspd") or Max ("longest")   3.3
+    cache_mask    branch_mask again, for the KV cache of the engine (decode.py)              3.4
+    steps         how many forward passes an answer takes                                    4.1
 
 `python aspd.py` prints the row of such an answer, and who sees whom.
 """
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-# For reading only: a tokenizer has six ids for them, which no text ever becomes.
+# Names for printing. A tokenizer holds six ids for them, which encode() never returns.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
-# Where serial text goes on after a block (section 3.3): the start of its branches, plus the sum of
-# their lengths, as if they had been written one after the other, or plus the longest. Either way no
-# token shares a position with one that it sees, and all positions are below the row's length.
+# Serial text goes on behind the start of a block's branches: by the sum of their lengths, as if they
+# had been written one after the other, or by the longest. Either way no token shares a position with
+# one that it sees, and no position exceeds the number of row tokens before it. So a context of n row
+# tokens is one of n positions.
 POSITIONS = {"aspd": sum, "longest": max}
 MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
-
-
-class BadInput(ValueError):
-    """What was given is wrong. A command line says so in one line; a bug has a traceback."""
-
-
-def check(ok, message):
-    """Raises BadInput with the message unless ok."""
-    if not ok:
-        raise BadInput(message)
-
-
-@contextmanager
-def naming(where):
-    """Whatever goes wrong inside becomes a BadInput of one line that starts with the place."""
-    try:
-        yield
-    except Exception as e:
-        text = f"no {e}" if isinstance(e, KeyError) else str(e)  # str() of it is only the key
-        reason = " ".join(text.split())
-        place = "" if reason.startswith(str(where)) else f"{where}: "  # not twice, where they nest
-        raise BadInput(f"{place}{reason:.300}") from None
 
 
 # ---- an answer --------------------------------------------------------------
@@ -114,8 +91,8 @@ def tokenize(segments, encode):
 # ---- the layout: a row for training; the engine builds the same, token by token ----
 
 class Row(NamedTuple):
-    """A prompt and its answer, laid out: five int64 tensors of shape (T,), T the row tokens: all
-    that is fed, tags and repeated titles included."""
+    """A prompt and its answer, laid out: five int64 tensors of shape (T,). T counts the row tokens,
+    which are all that is fed, tags and repeated titles included."""
     token: torch.Tensor
     block: torch.Tensor     # 0 where serial, else 1, 2, ... in the order of the blocks
     branch: torch.Tensor    # 0 where serial, else 1, 2, ... within the block
@@ -126,8 +103,9 @@ class Row(NamedTuple):
 def layout(prompt, segments, eos, tags=None, positions="aspd"):
     """Lays an answer out behind its prompt (sections 3.2 and 3.3) -> Row.
 
-    A token is chosen, by the model, or forced: fed by the engine without asking it, as the prompt,
-    <|branch|>, repeated titles and <|/para|> are. Only chosen ones are targets.
+    A token is either chosen by the model or forced, that is fed by the engine without asking it.
+    Forced are the prompt, the second <|title|>, <|branch|>, repeated titles and <|/para|>. Only
+    chosen tokens are targets.
     prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row. tags: a
     Tags, needed for blocks. positions: one of POSITIONS.
     """
@@ -151,8 +129,9 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
         at = add([tags.para], at, True)
         n_blocks += 1
         for number, (title, rest) in enumerate(segment, start=1):
-            start = add([tags.branch] + title, at, False, n_blocks, number)
-            add(rest + [tags.branch_end], start, True, n_blocks, number)
+            # every branch starts at `at`, the position behind <|para|>
+            rest_at = add([tags.branch] + title, at, False, n_blocks, number)
+            add(rest + [tags.branch_end], rest_at, True, n_blocks, number)
         lengths = [len(title + rest) + BRANCH_TAGS for title, rest in segment]
         at += POSITIONS[positions](lengths)
         at = add([tags.para_end], at, False)
@@ -163,7 +142,8 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     token, block, branch, position, chosen = zip(*row)
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
-    return Row(*map(torch.tensor, (token, block, branch, position, target)))
+    columns = (token, block, branch, position, target)
+    return Row(*[torch.tensor(column, device="cpu") for column in columns])
 
 
 # ---- one rule, stated twice: who sees whom ----------------------------------
@@ -181,8 +161,8 @@ def branch_mask(block, branch):
 def cache_mask(slot, branch, owner):
     """The same rule in the KV cache (section 3.4), where the tokens of live branches alternate: a
     query sees the slots at or before its own that are shared or belong to its branch.
-    slot, branch: (T,), of the queries; owner: (S,), the branch being written in a slot, 0 = shared;
-    of slots that are not written yet it does not matter -> (T, S) bool."""
+    slot, branch: (T,), of the queries. owner: (S,), of each slot the branch that is being written
+    there, 0 = shared; slots that nothing was written to may hold anything. -> (T, S) bool."""
     at_or_before = torch.arange(len(owner), device=owner.device) <= slot[:, None]
     shared_or_own = (owner == 0) | (owner == branch[:, None])
     return at_or_before & shared_or_own
@@ -190,53 +170,20 @@ def cache_mask(slot, branch, owner):
 
 # ---- what it is worth -------------------------------------------------------
 
-@dataclass
-class Stats:
-    """One answer in figures. Tags never count as tokens."""
-    tokens: int = 0         # of the plain answer
-    steps: int = 0          # forward passes after the prompt
-    branch_tokens: int = 0  # plain tokens inside branches, titles included (once)
-    title_tokens: int = 0
-    branches: tuple = ()    # how many, of each block
-
-
-def stats(segments):
-    """Segments of ids -> Stats (section 4.1). The adaptive engine takes exactly these steps."""
-    s = Stats(tokens=len(plain(segments)))
+def steps(segments):
+    """Segments of ids -> the forward passes after the prompt (section 4.1). The engine takes exactly
+    these; a serial decoder takes one for each plain token."""
+    n = 0
     for segment in segments:
         if not isinstance(segment, Block):
-            s.steps += len(segment)
+            n += len(segment)
             continue
-        titles = sum(len(title) for title, _ in segment)
-        rests = [len(rest) for _, rest in segment]
-        s.steps += titles + 2 * len(segment)  # serial: every title, between its tags
-        s.steps += 1                          # <|para|> and all prefixes, <|branch|> + title
-        s.steps += max(rests) + 1             # side by side, to the <|/branch|> of the longest
-        s.steps += 1                          # <|/para|>
-        s.branch_tokens += titles + sum(rests)
-        s.title_tokens += titles
-        s.branches += (len(segment),)
-    return s
-
-
-def metrics(answers):
-    """The paper's figures over the Stats of many answers, a list -> dict (section 4.1)."""
-    parallel = [s for s in answers if s.branches]
-    # Of each answer, ideally: tokens a pass, as if a wide one took no longer than a narrow one.
-    speedups = [s.tokens / max(s.steps, 1) for s in answers]
-
-    def mean(values):
-        return sum(values) / max(len(values), 1)
-
-    return {
-        "answers": len(answers),
-        "PPD": mean([bool(s.branches) for s in answers]),  # share of the answers with a block
-        "ABN": mean([n for s in parallel for n in s.branches]),               # branches a block
-        "APD": mean([s.branch_tokens / s.tokens for s in parallel]),          # tokens in branches
-        "APE": mean([1 - s.title_tokens / s.branch_tokens for s in parallel]),  # of these, no title
-        "speedup": mean(speedups),
-        "best": max(speedups, default=0),
-    }
+        n += sum(len(title) + 2 for title, _ in segment)  # serial: every title, between its tags
+        n += 1  # <|para|> and all prefixes (<|branch|> + title); it chooses the first tokens
+        n += max(len(rest) for _, rest in segment)  # a token of every branch, to the longest's last
+        n += 1  # the <|/branch|> of the longest
+        n += 1  # <|/para|>
+    return n
 
 
 def main():
@@ -257,10 +204,33 @@ def main():
         seen = "".join(".#"[sees] for sees in mask[t][:t + 1])
         print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
               f"{names[target]:<12}  {seen}")
-    s = stats(ids)
-    print(f"\n{s.tokens} plain tokens in {s.steps} steps: branches this short do not pay.")
+    n = len(plain(ids))
+    print(f"\n{n} plain tokens in {steps(ids)} steps: branches this short do not pay.")
+
+
+# ---- errors -----------------------------------------------------------------
+
+class BadInput(ValueError):
+    """What was given is wrong. A command line says so in one line; a bug has a traceback."""
+
+
+def check(ok, message):
+    """Raises BadInput with the message unless ok."""
+    if not ok:
+        raise BadInput(message)
+
+
+@contextmanager
+def naming(where):
+    """What goes wrong inside, but in the system, becomes a BadInput: a line that names the place."""
+    try:
+        yield
+    except OSError:  # it names its file
+        raise
+    except Exception as e:
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e)  # whose text is only the key
+        raise BadInput(" ".join(f"{where}: {reason:.300}".split())) from None
 
 
 if __name__ == "__main__":
-    from data import cli  # a quiet end behind `| head`
-    cli(main)
+    main()

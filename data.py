@@ -4,17 +4,16 @@
     python data.py FILE --show 3 --out OUT.jsonl  # in a file of answers; shows three, writes all
 """
 import argparse
-import hashlib
 import itertools
 import json
 import math
 import os
 import random
 import re
+import signal
 import sys
-import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Branch, Tags, branch_mask, check, join,
-                  layout, metrics, naming, stats, tokenize)
-from model import map_file, read_json
+                  layout, naming, plain, steps, tokenize)
 
 # ---- extraction: the outline of an answer -------------------------------------
 # Some lines open a part: a heading, a label, a list item. Parts of one kind that follow each other
@@ -221,8 +219,8 @@ class Siblings(NamedTuple):
 
 def saves_too_little(siblings):
     """saves too few steps"""
-    s = stats(tokenize([siblings.block], TOKEN_LIKE.findall))
-    return s.tokens - s.steps < 6  # so little is not worth a block
+    ids = tokenize([siblings.block], TOKEN_LIKE.findall)
+    return len(plain(ids)) - steps(ids) < 6  # so little is not worth a block
 
 
 def repeats_a_title(siblings):
@@ -363,8 +361,10 @@ def split_held_out(records):
     """-> (train, held out): the answers to 2% of the prompts, the same in every run. At least one
     prompt is held out where there are two, none where there is one."""
     prompts = {r["prompt"] for r in records}
+    n_held = min(max(len(prompts) // 50, 1), len(prompts) - 1)
+    # in the order of their checksums: shuffled, but always alike
     shuffled = sorted(prompts, key=lambda prompt: (zlib.crc32(repr(prompt).encode()), prompt))
-    held = {*shuffled[:min(max(len(prompts) // 50, 1), len(prompts) - 1)]}
+    held = set(shuffled[:n_held])
     train = [r for r in records if r["prompt"] not in held]
     return train, [r for r in records if r["prompt"] in held]
 
@@ -396,35 +396,38 @@ def batches(lengths, batch_size, seed):
         rng = random.Random(f"{seed} {epoch}")
         roughly = [length * rng.uniform(1.0, 1.2) for length in lengths]
         order = sorted(range(len(lengths)), key=roughly.__getitem__)
-        in_order = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        rng.shuffle(in_order)
-        yield from in_order
+        chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        rng.shuffle(chunks)
+        yield from chunks
 
 
 def collate(rows, device="cpu"):
     """Rows -> (token, position, mask, target), padded on the right to a multiple of 16, so that few
-    shapes occur: torch sets kernels up for each, or compiles.
+    shapes occur: torch sets kernels up for each.
 
     token, position, target: (B, T). mask: (B, 1, T, T) bool."""
     T = math.ceil(max(len(row.token) for row in rows) / 16) * 16
-    padded = []
-    for tensors, fill in zip(zip(*rows), (0, 0, 0, 0, IGNORE)):
-        tensors = [F.pad(tensor, (0, T - len(tensor)), value=fill) for tensor in tensors]
-        padded.append(torch.stack(tensors).to(device))
-    token, block, branch, position, target = padded
-    return token, position, branch_mask(block, branch)[:, None], target
+
+    def padded(name, fill=0):
+        columns = [getattr(row, name) for row in rows]
+        columns = [F.pad(column, (0, T - len(column)), value=fill) for column in columns]
+        return torch.stack(columns).to(device)
+
+    mask = branch_mask(padded("block"), padded("branch"))
+    return padded("token"), padded("position"), mask[:, None], padded("target", IGNORE)
 
 
 # ---- loading ----------------------------------------------------------------
 
 LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
            '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
-USERS = {"user", "human", "prompter"}
-ASSISTANTS = {"assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"}
+USERS = ("user", "human")
+ASSISTANTS = ("assistant", "gpt", "chatgpt", "model")
+MARKS = ("weight", "loss", "train", "label", "kto_tag")  # 0 or false: not to be learnt
 
 
 def read_objects(path):
-    """Yields (place, dict) for every record of a JSON array or of JSON Lines. ValueError with the
+    """Yields (place, dict) for every record of a JSON array or of JSON Lines. BadInput with the
     place."""
     data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark
     is_array = data.lstrip().startswith(b"[")
@@ -440,56 +443,62 @@ def read_objects(path):
             yield where, {name: v for name, v in r.items() if v is not None and v == v}
 
 
+def is_to_learn(fields):
+    """Of a record or a turn: no, if it is marked so, is no final answer, or has its past apart."""
+    is_final = fields.get("channel", "final") == "final"
+    return is_final and "history" not in fields and 0 not in [fields.get(m, 1) for m in MARKS]
+
+
 def read_turns(record):
     """The turns of a record as [(role, text)]; none where it is in none of the LAYOUTS."""
     match record:
-        case {"prompt": prompt, "response": response}:
-            return [("user", prompt), ("assistant", response)]
-        case {"instruction": prompt, "output": response}:
-            return [("user", prompt), ("user", record.get("input", "")), ("assistant", response)]
-        case {"conversations": [_, *_] as turns} | {"messages": [_, *_] as turns}:
-            turns = [t if isinstance(t, dict) else {} for t in turns]
-            return [(t.get("from") or t.get("role"), t.get("value") or t.get("content") or "")
-                    for t in turns]
+        case {"prompt": prompt, "response": answer}:
+            return [("user", prompt), ("assistant", answer)]
+        case {"instruction": prompt, "output": answer}:
+            more = [("user", record["input"])] if record.get("input") else []
+            return [("user", prompt), *more, ("assistant", answer)]
+        case {"conversations": [*given]} | {"messages": [*given]}:
+            turns = []
+            for turn in given:
+                turn = turn if isinstance(turn, dict) else {}
+                role = str(turn.get("from") or turn.get("role")).strip().lower()
+                if role in ASSISTANTS and not is_to_learn(turn):
+                    role += " (not to be learnt)"
+                turns.append((role, turn.get("value") or turn.get("content")))
+            return turns
     return []
 
 
 def read_answers(record, left_out):
-    """Yields (prompt, answer) for every answer of a record, with the user's turn before it as its
-    prompt ("" where the record begins with an answer). Turns of one role in a row are one. Counts
-    in left_out, by reason, what yields no answer."""
-    turns = []
-    for role, text in read_turns(record):
-        name = str(role).strip().lower()
-        if name in USERS | ASSISTANTS:
-            turns.append((name in USERS, text))
-        elif name != "system":
-            left_out[f"turn of {role!r:.40}"] += 1
-    if not turns or turns[-1][0]:
-        left_out[f"record that ends without an answer ({', '.join(record):.80})"] += 1
+    """Yields (prompt, answer) for every answer that follows a user's turn. Counts in left_out, by
+    reason, what yields none."""
+    turns = read_turns(record) if is_to_learn(record) else []
+    if not turns:
+        left_out[f"record with the fields {', '.join(record):.80}"] += 1
     prompt = ""
-    for is_user, group in itertools.groupby(turns, key=lambda turn: turn[0]):
-        texts = [text for _, text in group]
-        is_text = all(isinstance(text, str) for text in texts)
-        text = "\n\n".join(filter(str.strip, texts)) if is_text else ""
-        if is_user:
-            prompt = text or None
-        elif text and prompt is not None:
+    for role, text in turns:
+        has_text = isinstance(text, str) and text.strip()
+        if role in USERS and has_text:
+            prompt = f"{prompt}\n\n{text}" if prompt else text
+        elif role in ASSISTANTS and has_text and prompt:
             yield prompt, text
-        else:
-            left_out["answer without a prompt" if text else "answer without text"] += 1
+            prompt = ""
+        elif role != "system":
+            prompt = ""
+            left_out[f"{role:.40} turn {'out of place' if has_text else 'without text'}"] += 1
+    if prompt:
+        left_out["user turn without an answer"] += 1
 
 
 def read_records(path):
     """The {"id", "prompt", "response", ...} of every answer of a file, a list; says on stderr what
-    was left out. ValueError for a file without an answer, and for what is not JSON."""
+    was left out. BadInput for a file without an answer, and for what is not JSON."""
     records = []
     left_out = Counter()
     for n, (_, r) in enumerate(read_objects(path)):
         kept = {name: r[name] for name in ("category", "model", "facts") if name in r}
-        pairs = list(read_answers(r, left_out))
-        for k, (prompt, response) in enumerate(pairs):
-            own_id = r.get("id", n) if len(pairs) == 1 else f"{r.get('id', n)}-{k}"
+        for k, (prompt, response) in enumerate(read_answers(r, left_out)):
+            own_id = f"{r.get('id', n)}-{k}" if k else r.get("id", n)
             records.append({"id": own_id, "prompt": prompt, "response": response, **kept})
     reasons = ", ".join(f"{n} x {reason}" for reason, n in left_out.most_common(10))
     check(records, f"{path}: no usable answers ({reasons or 'no records'}); read are {LAYOUTS}")
@@ -499,7 +508,7 @@ def read_records(path):
 
 
 def read_prompts(path):
-    """The {"category", "prompt"} of a file, a list. ValueError for a record without a prompt."""
+    """The {"category", "prompt"} of a file, a list. BadInput for a record without a prompt."""
     prompts = []
     for where, r in read_objects(path):
         usable = isinstance(r.get("prompt"), str) and r["prompt"].strip()
@@ -509,40 +518,32 @@ def read_prompts(path):
     return prompts
 
 
-def write_whole(path, lines):
-    """Writes lines to a file whole or not at all; a link or a device stays what it is."""
+def check_writable(path):
+    """BadInput unless a file can be written at path, later: so that no work is lost."""
     path = Path(path)
-    # a lone surrogate is written as JSON escapes it, \ud83d
-    data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
-    if path.is_file() or not path.exists():
-        temporary = Path(f"{path.resolve()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path.resolve())
-    else:
-        path.write_bytes(data)
+    place = path if path.exists() else path.parent
+    check(os.access(place, os.W_OK) and not path.is_dir(), f"{path} cannot be written")
 
 
 def printable(text):
-    """Text for a terminal: control characters, which could steer it, and surrogates escaped."""
-    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    """Text for a terminal: control characters, which could steer it, are escaped."""
+    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
     return re.sub(unsafe, lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 def cli(main):
-    """Runs a command line's main(). Bad input: one clear line on stderr and exit code 2. Ctrl-C:
-    130. Nobody reads on, as behind `| head`: a quiet end, 141."""
+    """Runs a command line's main(). Bad input: one clear line on stderr and exit code 2. Ctrl-C,
+    SIGTERM and SIGHUP: whatever main() does finally, and 130."""
+    if os.name == "posix":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a quiet end behind `| head`
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
     try:
-        sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed before the start
-        sys.stderr = sys.stderr or open(os.devnull, "w")
         main()
-        sys.stdout.flush()  # fails here, if it fails, and not when Python ends
-    except BrokenPipeError:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        sys.exit(128 + 13)  # as if ended by SIGPIPE
-    except (BadInput, OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "compiler" not in str(e):  # --compile found none
-            raise
-        print("error:", printable(" ".join(str(e).split("\n\n")[0].split())), file=sys.stderr)
+    except (BadInput, OSError) as e:
+        print("error:", printable(" ".join(str(e).split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -550,89 +551,59 @@ def cli(main):
 
 # ---- the tokenizer: byte-level BPE, computed by tiktoken --------------------
 
-# Cuts text into words, which are encoded apart; for `re` in learn_bpe and for tiktoken alike.
+# Cuts text into words, which are encoded apart; for `re` and for tiktoken alike.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-PLAIN_FORM = [["{system}\n"], ["User: {prompt}\nAssistant:\n"]]
+CHAT = ["User: {prompt}\nAssistant:\n"]
 
 
 class Tokenizer:
     """Text <-> ids; no text ever becomes a special token.
 
-    pattern: cuts text into words. ranks: {a token's bytes: its id, also its merge priority}. eos:
-    the id that ends an answer; stop: more that do. tags: the six ids of TAG_NAMES, or None.
-    chat: the forms of a system text and of a prompt, lists of text and special ids. system: the
-    default system text. nfc: normalise text? added: {text: id}, matched before all else. taken: ids
-    that tags must not get."""
+    pattern: cuts text into words, which are encoded apart.
+    ranks: {a token's bytes: its id, which is also its merge priority}.
+    eos: the id that ends an answer. stop: more that do.
+    tags: the six ids of TAG_NAMES, or None.
+    chat: what surrounds a prompt, a list of texts, one of them with {prompt}, and special ids."""
 
-    def __init__(self, pattern, ranks, eos, tags=None, stop=(), chat=PLAIN_FORM, system="",
-                 nfc=False, added={}, taken=()):
-        self.settings = dict(locals())  # first of all: plain values, for a checkpoint
-        del self.settings["self"]
+    def __init__(self, pattern, ranks, eos, tags=None, stop=(), chat=CHAT):
+        self.settings = {"pattern": pattern, "ranks": ranks, "eos": eos, "tags": tags,
+                         "stop": stop, "chat": chat}  # plain values, for a checkpoint
         self.eos = eos
         self.tags = tags and Tags(*tags)
         self.stop = {eos, *stop}
-        # To tiktoken the added tokens are special, so it matches them first; to us they are text.
-        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens=added)
+        self.chat = chat
+        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bytes = {i: token for token, i in ranks.items()}
-        self.bytes |= {i: text.encode() for text, i in added.items()}
-        self.vocab_size = max(*self.bytes, *self.stop, *taken, *(tags or ())) + 1
-        self.lacking = {b for b in range(256) if bytes([b]) not in ranks}  # in some published ones
+        self.vocab_size = max(*self.bytes, *self.stop, *(tags or ())) + 1
 
     def encode(self, text):
-        """str -> list of ids. What UTF-8 cannot write and what has a lacking byte become U+FFFD."""
-        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        if self.settings["nfc"]:
-            text = unicodedata.normalize("NFC", text)
-        if self.lacking:
-            text = "".join(c if self.lacking.isdisjoint(c.encode()) else "\ufffd" for c in text)
-        return self.bpe.encode(text, allowed_special="all", disallowed_special=())
+        """str -> list of ids. What UTF-8 cannot write becomes U+FFFD."""
+        return self.bpe.encode_ordinary(text)
 
     def decode(self, ids):
         """List of ids -> str; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
 
-    def prompt(self, text, system=None):
+    def prompt(self, text):
         """A user's text in the model's own chat form -> list of ids."""
-        system = self.settings["system"] if system is None else system
-        system_form, prompt_form = self.settings["chat"]
         ids = []
-        for part in system_form * bool(system) + prompt_form:
-            is_id = isinstance(part, int)
-            ids += [part] if is_id else self.encode(part.format(system=system, prompt=text))
+        for part in self.chat:
+            ids += [part] if isinstance(part, int) else self.encode(part.format(prompt=text))
         return ids
 
-    def add_tags(self):
-        """Gives the tags the ids after all others -> a new Tokenizer."""
-        first = self.vocab_size
+    def with_tags(self, first):
+        """The same with the tags' ids, from `first` on -> a new Tokenizer."""
         return Tokenizer(**self.settings | {"tags": tuple(range(first, first + 6))})
 
 
-def learn_bpe(text, vocab_size=2048):
-    """Byte pair encoding learnt from text -> ranks. Works on the commonest words and their counts;
-    a word is a str with one character, chr(id), for each of its tokens."""
-    words = Counter(re.findall(PATTERN, text)).most_common(4000)
-    words = [(word.encode("utf-8", "replace").decode("latin-1"), n) for word, n in words]
-    tokens = {chr(b): bytes([b]) for b in range(256)}
-    for new in map(chr, range(256, vocab_size)):
-        pairs = Counter()
-        for word, n in words:
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        best = max(pairs, key=pairs.get, default=None)
-        if pairs[best] < 2:
-            break
-        tokens[new] = tokens[best[0]] + tokens[best[1]]
-        words = [(word.replace("".join(best), new), n) for word, n in words]
-    return {token: i for i, token in enumerate(tokens.values())}
-
-
-def make_tokenizer(name, texts):
-    """A Tokenizer without tags. name: "bpe", which is learnt from the texts, or a published
-    folder."""
-    if name != "bpe":
-        return published_tokenizer(name)
-    ranks = learn_bpe("".join(itertools.islice(texts, 2000)))
+def learn_tokenizer(texts, vocab_size=2048):
+    """A Tokenizer without tags of the 256 bytes and the commonest words of the first 4,000 texts.
+    tiktoken looks a whole word up before it joins bytes."""
+    texts = itertools.islice(texts, 4000)
+    counts = Counter(itertools.chain.from_iterable(re.findall(PATTERN, text) for text in texts))
+    words = [word.encode("utf-8", "replace") for word, _ in counts.most_common(vocab_size - 256)]
+    tokens = dict.fromkeys([bytes([b]) for b in range(256)] + words)  # each once
+    ranks = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(PATTERN, ranks, eos=len(ranks))
 
 
@@ -719,7 +690,7 @@ def show(record, segments, refusals):
             segment = branches.replace("\n", "\n| ")
         print(printable(segment.strip("\n")))
     for reason, start, _ in refusals:
-        print(f"    refused, {reason}: {record['response'][start:start + 60]!r}")
+        print(printable(f"    refused, {reason}: {record['response'][start:start + 60]!r}"))
 
 
 def as_json(segment):
@@ -733,161 +704,37 @@ def main():
     """The command line: what extract() finds in a file."""
     p = argparse.ArgumentParser(description="Finds the independent parts of answers.")
     p.add_argument("file", nargs="?", help=f"JSON (Lines) of {LAYOUTS}; none: the built-in corpus")
-    p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     p.add_argument("--show", type=int, default=0, metavar="N",
                    help="print the first N answers; a branch as | [title] rest")
-    p.add_argument("--tokenizer", default="bpe", help="to count in: bpe (learnt here) or a folder")
+    p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     args = p.parse_args()
+    if args.out:
+        check_writable(args.out)
 
-    records = read_records(args.file) if args.file else corpus()
-    tokenizer = make_tokenizer(args.tokenizer, (r["response"] for r in records))
-    counted = defaultdict(list)  # {category: the Stats of its answers}
-    refused = Counter()          # {reason: how often}
     lines = []
+    speedups = []  # of each answer: tokens a pass
+    n_parallel = 0
+    refused = Counter()  # {reason: how often}
+    records = read_records(args.file) if args.file else corpus()
     for n, r in enumerate(tqdm(records, desc="answers", disable=None)):
         segments, refusals = extract(r["response"], r["prompt"])
         check(join(segments) == r["response"], f"answer {r['id']} does not join back")
         if n < args.show:
             show(r, segments, refusals)
-        s = stats(tokenize(segments, tokenizer.encode))
-        for category in {str(r.get("category") or "all"), "all"}:
-            counted[category].append(s)
+        ids = tokenize(segments, re.compile(PATTERN).findall)  # words for tokens
+        speedups.append(len(plain(ids)) / max(steps(ids), 1))
+        n_parallel += any(isinstance(segment, Block) for segment in segments)
         refused.update(reason for reason, _, _ in refusals)
-        line = r | {"segments": list(map(as_json, segments))}
-        del line["response"]
-        lines.append(json.dumps(line, ensure_ascii=False))
+        line = {name: r[name] for name in ("id", "category", "prompt") if name in r}
+        lines.append(json.dumps(line | {"segments": [*map(as_json, segments)]}, ensure_ascii=False))
     if args.out:
-        write_whole(args.out, lines)
+        Path(args.out).write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
 
-    print("\ncategory         answers    PPD    ABN    APD    APE  speedup   best")
-    row = "{:16}{answers:>8}{PPD:>7.0%}{ABN:>7.2f}{APD:>7.0%}{APE:>7.0%}{speedup:>9.2f}{best:>7.2f}"
-    for category in sorted(counted, key=lambda name: name == "all"):
-        print(row.format(printable(category), **metrics(counted[category])))
-    print("PPD: answers with a block. ABN: branches a block. APD: tokens in branches, APE: of\n"
-          "these those after the titles. Speedup: ideally, tokens / passes; see aspd.metrics.")
-    print("\nblocks refused:" if refused else "\nno block was refused")
+    mean = sum(speedups) / len(speedups)
+    print(f"\n{n_parallel} of {len(records)} answers have a block. Ideal speedup (words a pass): "
+          f"{mean:.2f} in the mean, {max(speedups):.2f} at best.\nRefused:")
     for reason, n in refused.most_common():
         print(f"{n:>8}  {reason}")
-
-
-# ---- published tokenizers ---------------------------------------------------
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after digits have been split off, one by one, as in SmolLM2.
-DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
-# Vocabularies write a byte as the character of that number or, if that is not visible, as one from
-# 256 on.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in VISIBLE]
-TO_BYTE = {chr(b): b for b in VISIBLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
-CHATML = {  # SHA-256 (its start) of the known chat templates -> the system text they default to
-    "872be49dbb638044": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    "793202280c0910ab": "You are a helpful assistant.",  # Qwen2
-    "44d5f08f3f72b837": "You are a helpful assistant.",  # Qwen2.5
-    "cd8e9439f0570856": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "153280e3ff55d19d": "",                              # plain ChatML
-}
-
-
-def published_tokenizer(path):
-    """The tokenizer of a published folder, without tags: same ids, same prompts. ValueError, by
-    name, for what would change them and is not implemented."""
-    t = read_json(Path(path, "tokenizer.json"))
-    with naming(f"{path}/tokenizer.json"):
-        tokens = t["added_tokens"]
-        special = {a["content"]: a["id"] for a in tokens if a["special"]}
-        added = {a["content"]: a["id"] for a in tokens if not a["special"]}  # text, matched first
-        odd = [a["content"] for a in tokens if a["single_word"] or a["lstrip"] or a["rstrip"]]
-        odd += [a for a in added for b in special | added if a != b and a in b]
-        odd += special.keys() & added.keys()
-        check(not odd, f"added tokens that take blanks away or are part of others: {odd}")
-        ranks = read_ranks(t["model"], special | added)
-        pattern = word_pattern(t["pre_tokenizer"])
-        normalizer = (t["normalizer"] or {}).get("type")
-        check(normalizer in (None, "NFC"), f"the normalizer {normalizer} is not supported")
-        adds = re.search("'(SpecialToken|sep)'", str(t["post_processor"]))
-        check(not adds, "a token before or after all text is not supported")
-    config = read_json(Path(path, "tokenizer_config.json"))
-    with naming(f"{path}/tokenizer_config.json"):
-        eos = config["eos_token"]
-        eos = special[eos["content"] if isinstance(eos, dict) else eos]
-        chat, system = chat_form(path, config, special)
-        return Tokenizer(pattern, ranks, eos, None, more_ends(path), chat, system,
-                         normalizer == "NFC", added, taken=list(special.values()))
-
-
-def read_ranks(model, added):
-    """The BPE model of a tokenizer.json -> ranks. added: the tokens that are not of the BPE.
-
-    tiktoken joins the neighbours that make a token, the one with the lowest id first. That is what
-    the merges say if ids are in their order and every token comes out of its own merges."""
-    names = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    odd = {name: model[name] for name in names if model.get(name)}
-    check(model["type"] == "BPE" and not odd, f"a {model['type']} with {odd} is not supported")
-    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-    ids = {*model["vocab"].values(), *added.values()}
-    check(len(ids) == len(vocab) + len(added), "two tokens have one id, or one token has two")
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    for merge in merges:
-        known = len(merge) == 2 and {*merge, "".join(merge)} <= vocab.keys()
-        check(known, f"the merge {merge} does not make a token of two tokens")
-    merged = [vocab[a + b] for a, b in merges]
-    check(merged == sorted(merged), "ids in another order than the merges are not supported")
-    order = {merge: n for n, merge in enumerate(merges)}
-    for token in vocab:
-        parts = list(token)
-        while len(parts) > 1:  # byte pair encoding by the book
-            pairs = list(zip(parts, parts[1:]))
-            first = min(pairs, key=lambda pair: order.get(pair, len(order)))
-            check(first in order, f"the token {token!r} does not come out of its merges")
-            i = pairs.index(first)
-            parts[i:i + 2] = ["".join(first)]
-    return {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
-
-
-def word_pattern(pre):
-    """The pre_tokenizer of a tokenizer.json cuts text into words -> a pattern that does it."""
-    match pre:
-        case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
-            return GPT2
-        case {"pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]}:
-            return DIGITS
-        case {"pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated"},
-                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]}:
-            return words
-    raise BadInput(f"the pre_tokenizer {pre} is not supported")
-
-
-def more_ends(path):
-    """The ids that end an answer, besides the one that ends it in training."""
-    ids = []
-    for file in Path(path).glob("*config.json"):
-        more = read_json(file).get("eos_token_id")
-        ids += more if isinstance(more, list) else [more]
-    ids = [i for i in ids if i is not None]
-    check(all(type(i) is int and i >= 0 for i in ids), f"eos_token_id: {ids} are not all ids")
-    return ids
-
-
-def chat_form(path, config, special):
-    """-> the forms of a system text and of a prompt, and the default system text."""
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, each with its name
-        template = {named["name"]: named["template"] for named in template}["default"]
-    file = Path(path, "chat_template.jinja")
-    if file.exists():
-        template = map_file(file)[:].decode()
-    if not template:
-        return [["{system}\n"], ["{prompt}\n"]], ""
-    digest = hashlib.sha256(str(template).encode()).hexdigest()[:16]
-    check(digest in CHATML, f"its chat template, of SHA-256 {digest}, is not supported")
-    start = special["<|im_start|>"]
-    end = special["<|im_end|>"]
-    prompt_form = [start, "user\n{prompt}", end, "\n", start, "assistant\n"]
-    return [[start, "system\n{system}", end, "\n"], prompt_form], CHATML[digest]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""A GPT in the shape of Llama and Qwen2, with modules named as in their published folders.
+"""A GPT in the shape of Llama and Qwen2, with modules named as theirs.
 
 RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied or untied head.
 Two things are unusual. Positions and mask are given explicitly, because sibling branches share
 their positions and do not see each other. And the KV cache is written at slots that the caller
 names: one forward pass serves prefill, prefixes and parallel steps; no counter hides in here.
 
-Shapes: B batch, T tokens fed, S slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size,
-V vocab_size.
+Shapes, here and in decode.py: B batch, T tokens fed, N of them chosen after, S slots seen, C n_embd,
+nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
 """
-import json
-import mmap
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from aspd import MAX_BRANCHES, check, naming
 
-ONEDNN = torch.backends.mkldnn.is_available()
-FORMAT = "aspd-2"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
+FORMAT = "aspd-3"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
 
 
 @dataclass
@@ -38,12 +37,12 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # True in Qwen2
     tied: bool = True             # the head shares the embedding's weights
-    positions: str = "aspd"       # not used here: the numbering of rows, one of aspd.POSITIONS
+    positions: str = "aspd"       # of aspd.POSITIONS; used in decode.py, which must number alike
 
 
 def rope(position, head_size, theta):
     """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each, float32."""
-    channel = torch.arange(0, head_size, 2, device=position.device)
+    channel = torch.arange(0, head_size, 2, dtype=torch.float32, device=position.device)
     frequency = theta ** -(channel / head_size)          # (hs/2,)
     angle = position[:, None, :, None] * frequency       # (B, 1, T, hs/2)
     angle = torch.cat((angle, angle), dim=-1)            # both halves of a head turn alike
@@ -58,37 +57,42 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask):
-    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs), an additive mask ((nh/nkv) * T, S) or
-    (B, 1, (nh/nkv) * T, S), made in GPT.forward -> (B, nh, T, hs)."""
-    # The nh/nkv heads that share keys become one head with more queries, for two reasons: every key
-    # is read once, and torch's masked kernels for CUDA know no groups.
-    folded = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, nkv, (nh/nkv) * T, hs)
-    is_step = q.size(2) <= MAX_BRANCHES  # of decoding: a token of each branch
-    trains_in_bfloat16 = q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16
-    if is_step or trains_in_bfloat16:
-        # Plain products are faster than torch's kernel for few tokens on a GPU, and no slower on a
-        # CPU. They are also faster for training in bfloat16 on a CPU. For a long prompt they take
-        # more time and more memory.
-        scale = q.size(-1) ** -0.5
-        scores = folded @ k.transpose(-1, -2)                      # (B, nkv, (nh/nkv) * T, S)
-        scores = torch.add(mask.to(q.dtype), scores, alpha=scale)  # mask + scale * scores
-        y = scores.softmax(-1) @ v
-    else:
-        y = F.scaled_dot_product_attention(folded, k, v, mask)
-    return y.reshape(q.shape)
+    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs), an additive mask (T, S) or
+    (B, 1, T, S): 0 where seen, else -inf -> (B, nh, T, hs)."""
+    B, nkv, S, hs = k.shape
+    T = q.size(2)
+    if T > MAX_BRANCHES:  # training or a prompt: torch's kernel never holds all scores in memory
+        groups = q.size(1) // nkv  # heads that share keys and values
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    # A step of decoding. On a GPU plain products are three times as fast for so few queries. All
+    # queries that share keys are rows of one matrix, so that every key is read once.
+    scores = q.reshape(B, nkv, -1, hs) @ k.transpose(-1, -2)     # (B, nkv, (nh/nkv) * T, S)
+    scores = scores.view(B, nkv, -1, T, S) / math.sqrt(hs)       # (B, nkv, nh/nkv, T, S)
+    p = (scores + mask.unsqueeze(-3)).softmax(-1)                # here siblings are hidden
+    return (p.view(B, nkv, -1, S) @ v).view(q.shape)
 
 
 def linear(x, weight, bias=None):
-    """F.linear; but float32 decoding on a CPU calls oneDNN's product itself, as F.linear does in
-    bfloat16 only: it is a third faster on few tokens."""
-    decoding = not weight.requires_grad and not torch.compiler.is_compiling()  # decode.LM freezes
-    if decoding and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation
+    """F.linear, or oneDNN's product with a weight that pack() has prepared."""
+    decoding = not weight.requires_grad and not torch.compiler.is_compiling()
+    if decoding and hasattr(weight, "packed"):
+        return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
+def pack(model):
+    """Lays out the matrices of a frozen model once as oneDNN wants them; F.linear would do so at
+    every call. For decoding in float32 on a CPU, which is then up to a third faster; the weights
+    take twice the memory."""
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
 class Linear(nn.Linear):
-    """nn.Linear by way of linear(): (..., in) -> (..., out)."""
+    """nn.Linear, computed by linear(): (..., in) -> (..., out)."""
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -104,7 +108,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, config.n_kv_head * hs, bias=bias)
         self.v_proj = Linear(C, config.n_kv_head * hs, bias=bias)
         self.o_proj = Linear(config.n_head * hs, C, bias=False)
-        # Keys and values of one answer, (1, nkv, slots, hs); a compiled step writes in place.
+        # Keys and values of one answer, (1, nkv, slots, hs): buffers that are written in place, as
+        # a compiled step needs them.
         self.register_buffer("k_cache", None, persistent=False)
         self.register_buffer("v_cache", None, persistent=False)
 
@@ -174,8 +179,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def setup_cache(self, slots):
-        """A cache of at least so many slots, all shared, for one answer at a time. A larger one
-        stays: nobody sees the slots behind the last token."""
+        """A cache of at least so many slots, all shared, for one answer at a time. One of an earlier
+        answer that is large enough is used again: nobody sees a slot before it is written."""
         weight = self.model.embed_tokens.weight
         if self.owner is None or len(self.owner) < slots:
             shape = (1, self.config.n_kv_head, slots, self.config.head_size)
@@ -186,17 +191,16 @@ class GPT(nn.Module):
         self.owner.zero_()
 
     def forward(self, idx, position, mask=None, slot=None, pick=None):
-        """idx, position: (B, T). mask: bool, True = sees, (B, 1, T, T); None = causal. With a cache
-        B = 1; slot (T,): where keys and values are written; mask (T, S): over its first S slots.
-        -> logits (B, T, V) or, of the tokens with the flat indices pick, (N, V)."""
+        """-> logits (B, T, V) or, of the tokens with the flat indices pick (N,), (N, V).
+
+        Without a cache: idx, position (B, T); mask (B, 1, T, T) bool, True = sees; None = causal.
+        With setup_cache(): B = 1; slot (T,), where keys and values are written; mask (T, S) over
+        the first S slots."""
         x = self.model.embed_tokens(idx)  # (B, T, C)
         cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
         if mask is None:
             mask = torch.ones(idx.size(1), idx.size(1), dtype=torch.bool, device=x.device).tril()
-        # As attend() wants it, once for all layers.
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
-        groups = self.config.n_head // self.config.n_kv_head
-        mask = torch.cat([mask] * groups, dim=-2)  # row g * T + t: token t, head g of a group
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)  # for attend()
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)
         x = self.model.norm(x)
@@ -206,24 +210,23 @@ class GPT(nn.Module):
         return linear(x, head.weight)
 
     @torch.no_grad()
-    def grow(self, vocab_size, means):
-        """Gives embedding and head at least vocab_size rows. means: {new id: the ids whose mean its
-        rows start as}."""
+    def grow(self, groups):
+        """Appends a row to embedding and head for every list of ids in groups: the mean of their
+        rows. Then rows of zeros, up to a multiple of 64, which is faster."""
         rows = self.config.vocab_size
-        if vocab_size > rows:
-            self.config.vocab_size = -(-vocab_size // 64) * 64  # a round number is faster
+        self.config.vocab_size = math.ceil((rows + len(groups)) / 64) * 64
         embedding = self.model.embed_tokens
         for table in [embedding] if self.config.tied else [embedding, self.lm_head]:
             weight = F.pad(table.weight, (0, 0, 0, self.config.vocab_size - rows))
-            for new, old in means.items():
-                weight[new] = weight[old].mean(0)
+            for new, ids in enumerate(groups, start=rows):
+                weight[new] = weight[ids].mean(0)
             table.weight = nn.Parameter(weight)
 
 
 # ---- devices and checkpoints ------------------------------------------------
 
 def check_device(device):
-    """ValueError unless a device such as "cpu" or "cuda:1" is there."""
+    """BadInput unless a device such as "cpu" or "cuda:1" is there."""
     with naming(f"device {device!r}"):
         torch.empty(0, device=device)
 
@@ -240,120 +243,29 @@ def save_checkpoint(out_dir, **state):
     """Writes out_dir/ckpt.pt whole or not at all: a new file, which then replaces the old one."""
     path = Path(out_dir, "ckpt.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"format": FORMAT, **state}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    new = path.with_name(f"ckpt-{os.getpid()}.tmp")  # not another process's
+    try:
+        with naming(f"cannot write {new}"):
+            torch.save({"format": FORMAT, **state}, new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_checkpoint(out_dir):
-    """The dict that save_checkpoint wrote; runs no code from it. ValueError when it is missing, cut
+    """The dict that save_checkpoint wrote; runs no code from it. BadInput when it is missing, cut
     off or of another format."""
     path = Path(out_dir, "ckpt.pt")
     check(path.exists(), f"no {path}: first run `python train.py --out-dir {out_dir}`")
     with naming(f"{path} is cut off or not of format {FORMAT}"):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         check(state["format"] == FORMAT, f"its format is {state['format']}")
     return state
 
 
-def from_checkpoint(state, where="checkpoint"):
-    """The model of a checkpoint's dict. ValueError naming a setting or tensor that does not fit."""
-    with naming(where), torch.device("meta"):
+def from_checkpoint(state):
+    """The model of a checkpoint's dict. BadInput naming a setting or tensor that does not fit."""
+    with naming("checkpoint"), torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
         model.load_state_dict(state["model"], assign=True)
     return model
-
-
-# ---- published folders ------------------------------------------------------
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SUPPORTED = {  # settings that change the result: the values that are implemented (None: not set)
-    "model_type": ("llama", "qwen2"), "auto_map": (None,), "hidden_act": ("silu",),
-    "attention_bias": (None, False), "mlp_bias": (None, False), "num_local_experts": (None,),
-    "use_sliding_window": (None, False), "quantization_config": (None,),
-    # Of rotary positions: their scaling, by its older and newer name; settings by kind of layer.
-    "type": (None, "default"), "rope_type": (None, "default"), "full_attention": (None,),
-    "partial_rotary_factor": (None, 1.0),
-}
-
-
-def from_published(path):
-    """The model of a published Llama or Qwen2 folder. ValueError, by name, for what would change
-    the result and is not implemented, and for tensors that are missing, unknown or misshapen."""
-    where = Path(path, "config.json")
-    with naming(where), torch.device("meta"):
-        model = GPT(published_config(read_json(where)))
-    with naming(path):
-        weights = read_weights(path)
-        if model.config.tied:
-            weights.pop("lm_head.weight", None)  # a copy of the embedding
-        model.load_state_dict(weights, assign=True)
-    return model
-
-
-def published_config(settings):
-    """What a config.json holds -> GPTConfig. By the age of the file, the settings of rotary
-    positions stand at the top, in rope_scaling or in rope_parameters."""
-    c = {}
-    for part in (settings, settings.get("rope_scaling"), settings.get("rope_parameters")):
-        c |= {name: value for name, value in (part or {}).items() if value is not None}
-        for name, values in SUPPORTED.items():
-            # checked after each part, for the next may hide a value
-            check(c.get(name) in values, f"{name} = {c.get(name)!r} is not supported")
-    layers = set(c.get("layer_types", []))
-    check(layers <= {"full_attention"}, f"layer_types = {layers} is not supported")
-    n_head = c["num_attention_heads"]
-    return GPTConfig(
-        block_size=int(c["max_position_embeddings"]), vocab_size=c["vocab_size"],
-        n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"], n_inner=c["intermediate_size"],
-        n_head=n_head, n_kv_head=c.get("num_key_value_heads", n_head),
-        head_size=c.get("head_dim", c["hidden_size"] // n_head),
-        rope_theta=float(c.get("rope_theta", 10000)), norm_eps=float(c["rms_norm_eps"]),
-        qkv_bias=c["model_type"] == "qwen2", tied=c.get("tie_word_embeddings", False))
-
-
-def read_weights(path):
-    """{name: tensor} of a folder: of the files in its index or, without one, of *.safetensors."""
-    index = Path(path, "model.safetensors.index.json")
-    files = sorted(Path(path).glob("*.safetensors"))
-    if index.exists():
-        files = [Path(path, name) for name in {*read_json(index)["weight_map"].values()}]
-    check(files, f"{path}: no *.safetensors in it")
-    weights = {}
-    for file in files:
-        for name, tensor in read_safetensors(file).items():
-            check(name not in weights, f"{file}: the tensor {name} is in another file, too")
-            if not name.endswith("rotary_emb.inv_freq"):  # in old files, and not needed
-                weights[name] = tensor
-    return weights
-
-
-def read_safetensors(path):
-    """{name: tensor} of a file: 8 bytes header length, a JSON header, raw tensors. It is mapped,
-    copy on write. ValueError naming the tensor whose entry does not fit."""
-    data = map_file(path)
-    with naming(f"{path}: header"):
-        start = 8 + int.from_bytes(data[:8], "little")
-        check(start <= len(data), f"ends at byte {start} of {len(data)}")
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        with naming(f"{path}: tensor {name} = {entry}"):
-            begin, end = entry["data_offsets"]
-            raw = memoryview(data)[start:][begin:end]
-            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
-
-
-def read_json(path):
-    """A JSON file -> object. ValueError naming it where it is missing or not JSON."""
-    with naming(path):
-        return json.loads(map_file(path)[:])
-
-
-def map_file(path):
-    """A file's bytes, mapped. ValueError where it is missing, empty, or a mere Git LFS pointer."""
-    with naming(path), open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    check(data[:8] != b"version ", f"{path} is a Git LFS pointer: run `git lfs pull` there")
-    return data
