@@ -222,11 +222,9 @@ def check(ok, message):
 
 @contextmanager
 def naming(where):
-    """What goes wrong inside, but in the system, becomes a BadInput: a line that names the place."""
+    """Whatever goes wrong inside becomes a BadInput: one line that starts with the place."""
     try:
         yield
-    except OSError:  # it names its file
-        raise
     except Exception as e:
         reason = f"no {e}" if isinstance(e, KeyError) else str(e)  # whose text is only the key
         raise BadInput(" ".join(f"{where}: {reason:.300}".split())) from None

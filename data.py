@@ -445,8 +445,8 @@ def read_objects(path):
 
 def is_to_learn(fields):
     """Of a record or a turn: no, if it is marked so, is no final answer, or has its past apart."""
-    is_final = fields.get("channel", "final") == "final"
-    return is_final and "history" not in fields and 0 not in [fields.get(m, 1) for m in MARKS]
+    is_final = fields.get("channel", "final") == "final" and not fields.get("history")
+    return is_final and 0 not in [fields.get(mark, 1) for mark in MARKS]
 
 
 def read_turns(record):
@@ -521,13 +521,14 @@ def read_prompts(path):
 def check_writable(path):
     """BadInput unless a file can be written at path, later: so that no work is lost."""
     path = Path(path)
-    place = path if path.exists() else path.parent
-    check(os.access(place, os.W_OK) and not path.is_dir(), f"{path} cannot be written")
+    is_place = path.parent.is_dir() and not path.is_dir()
+    can_write = os.access(path if path.exists() else path.parent, os.W_OK)
+    check(is_place and can_write, f"{path} cannot be written")
 
 
 def printable(text):
-    """Text for a terminal: control characters, which could steer it, are escaped."""
-    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    """Text for a terminal: control characters, which could steer it, and surrogates escaped."""
+    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
     return re.sub(unsafe, lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
@@ -725,8 +726,9 @@ def main():
         speedups.append(len(plain(ids)) / max(steps(ids), 1))
         n_parallel += any(isinstance(segment, Block) for segment in segments)
         refused.update(reason for reason, _, _ in refusals)
-        line = {name: r[name] for name in ("id", "category", "prompt") if name in r}
-        lines.append(json.dumps(line | {"segments": [*map(as_json, segments)]}, ensure_ascii=False))
+        line = {"id": r["id"], "category": r.get("category"), "prompt": r["prompt"],
+                "segments": [*map(as_json, segments)]}
+        lines.append(json.dumps(line, ensure_ascii=False))
     if args.out:
         Path(args.out).write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
 

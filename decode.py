@@ -25,7 +25,7 @@ import torch
 from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, cache_mask, check,
                   plain)
 from data import Tokenizer, check_writable, cli, printable, read_prompts
-from model import check_device, from_checkpoint, read_checkpoint
+from model import check_device, from_checkpoint, pack, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
@@ -127,6 +127,8 @@ class LM:
         self.allow = grammar(tokenizer, model.config.vocab_size).to(self.device)
         self.step = forward_pass  # tests put theirs in its place
         self.compiled_step = compile_step(self) if compile else None
+        if not compile:
+            pack(self.model)
         self.lock = threading.Lock()
 
 
@@ -281,7 +283,8 @@ class Engine:
                 title.append(token)
                 token = self.serial([token], TITLE)
             token = self.serial([self.tags.title_end], AFTER_TITLE)
-        self.cut |= token == self.tags.title  # the model wanted one more branch, but has no room
+        # The model may want one more branch: without room for it that is a cut.
+        self.cut |= token == self.tags.title and len(block) < MAX_BRANCHES
         self.branches(block)
         self.segments.append([])
         return self.serial([self.tags.para_end])
@@ -395,8 +398,8 @@ class View:
     """Shows an answer as it grows: its text and, below, a line for every branch being written."""
 
     def __init__(self):
-        self.text = ""    # what has been written
-        self.n_lines = 0  # branch lines below it
+        self.text = ""   # what has been written
+        self.lines = []  # the branch lines below it
 
     def __call__(self, engine):
         """Shows the engine's answer so far."""
@@ -414,12 +417,12 @@ class View:
 
     def write(self, text, lines=()):
         """Takes the old branch lines away, writes what is new of the text, and lines below it."""
-        if self.n_lines:  # up, and clear from there on
-            sys.stdout.write(f"\x1b[{self.n_lines}A\x1b[J")
+        if self.lines:  # up, and clear from there on
+            sys.stdout.write(f"\x1b[{len(self.lines)}A\x1b[J")
         sys.stdout.write(printable(text[len(self.text):]) + "".join(lines))
         sys.stdout.flush()
         self.text = text
-        self.n_lines = len(lines)
+        self.lines = lines
 
 
 def branch_line(title, rest, columns):

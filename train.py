@@ -96,8 +96,6 @@ def parse_args():
         check(not args.resume or checksum == args.checksum,
               f"--resume: {args.data} has other answers than the run was trained on")
         args.checksum = checksum
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    check_writable(Path(args.out_dir, "ckpt.pt"))  # now, not after minutes of training
     return args, start
 
 
@@ -194,7 +192,7 @@ def train_step(model, step_batches, optimizer, args):
     """One update -> the mean loss over the targets of all batches; process r computes batches r,
     r + WORLD, ... BadInput where it is not finite: the weights then stay as they are."""
     targets = sum(map(count_targets, step_batches))
-    total = torch.zeros((), device=args.device)
+    total = torch.zeros((), dtype=torch.float32, device=args.device)
     for rows in step_batches[RANK::WORLD]:
         loss = summed_loss(model, rows, args) / targets
         (loss * WORLD).backward()  # fully_shard takes the mean over the processes
@@ -203,7 +201,9 @@ def train_step(model, step_batches, optimizer, args):
     if WORLD > 1:
         norm = norm.full_tensor()
         dist.all_reduce(total)
-    check((total + norm).isfinite(), f"the loss is {total:.4f}, its gradient {norm:.4f}")
+    lr = optimizer.param_groups[0]["lr"]
+    check((total + norm).isfinite(),
+          f"the loss is {total:.4f}, its gradient {norm:.4f} at a learning rate of {lr:.1e}")
     optimizer.step()
     optimizer.zero_grad()
     return total.item()
@@ -213,7 +213,7 @@ def train_step(model, step_batches, optimizer, args):
 def held_out_loss(model, rows, tokenizer, args):
     """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and a title
     once, for its repetition is forced. Under the branch mask, which decoding always has."""
-    not_text = torch.tensor([tokenizer.eos, *(tokenizer.tags or ())])
+    not_text = torch.tensor([tokenizer.eos, *(tokenizer.tags or ())], device="cpu")
     text_rows = []
     for row in rows:
         target = row.target.masked_fill(torch.isin(row.target, not_text), IGNORE)
@@ -236,6 +236,8 @@ def train(args, start):
     """The training loop. args, start: of parse_args()."""
     # 1) model and optimizer
     model, tokenizer, rows, held_out = prepare(args, start)
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    check_writable(Path(args.out_dir, "ckpt.pt"))  # now, not after minutes of training
     optimizer = make_optimizer(model, args.lr)
     first = 0
     if args.resume:

@@ -3,6 +3,7 @@ the place, and leaves nothing half-written. A new kind of bad input is a new lin
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,9 @@ ANSWERS = {  # a file of answers, and what data.py FILE and train.py --data FILE
     "blank.jsonl": ("\ufeff\n \n", "blank.jsonl: no usable answers"),
     "empty-array.json": (" []\n", "empty-array.json: no usable answers"),
     "broken.jsonl": (GOOD * 2 + '{"prompt": "p", \n', "broken.jsonl, line 3.*not JSON"),
-    "no-answer.jsonl": ('{"prompt": "p"}\n' * 3, r"3 x record that ends without an answer \(prompt\).*read are"),
+    "no-answer.jsonl": ('{"prompt": "p"}\n' * 3, r"3 x record with the fields prompt\).*read are"),
     "prompt-alone.jsonl": (chat("human", "hi"), "prompt-alone.jsonl: no usable answers.*conversations"),
-    "roles.jsonl": (chat("critic", "hi"), "roles.jsonl: no usable answers.*turn of 'critic'"),
+    "roles.jsonl": (chat("critic", "hi"), "roles.jsonl: no usable answers.*1 x critic turn out of place"),
     "other-names.jsonl": ('{"question": "q", "reply": "r"}\n', 'question, reply.*"prompt", "response"'),
     "indented.json": (json.dumps(json.loads(GOOD), indent=2), "line 1.*JSON Lines has one object a line"),
     "not-an-object.jsonl": (GOOD + "3\n", "line 2.*expected an object, not int"),
@@ -41,13 +42,22 @@ ANSWERS = {  # a file of answers, and what data.py FILE and train.py --data FILE
 BAD = [  # the script, its command line, what the message must say; {files} is the folder of the fixture
     *[(data, "{files}/" + name, named) for name, (_, named) in ANSWERS.items()],
     (data, "{files}", "files"),
-    (data, "{files}/good.jsonl --tokenizer klingon", "klingon"),
-    (data, "{files}/good.jsonl --tokenizer {files}/ckpt", "tokenizer.json"),
     (data, "{files}/good.jsonl --out {files}/nowhere/out.jsonl", "nowhere"),
     (data, "{files}/good.jsonl --out {files}", "files"),
     (data, "{files}/good.jsonl --out {files}/good.jsonl/out.jsonl", "good.jsonl"),
     (data, "{files}/good.jsonl --show many", "many"),
     (data, "{files}/good.jsonl {files}/good.jsonl", "unrecognized"),
+    (decode, "--ckpt {files}/ckpt", "--prompt"),
+    (decode, "--prompt p --ckpt {files}/nowhere", "nowhere.*python train.py"),
+    (decode, "--prompt {empty} --ckpt {files}/ckpt", "prompt is empty"),
+    (decode, "--prompt {blank} --ckpt {files}/ckpt", "prompt is empty"),
+    (decode, "--prompt {long} --ckpt {files}/ckpt", "ppp' has 3.. tokens, the context only 256"),
+    (decode, "--prompt p --ckpt {files}/ckpt --mode parallel", "parallel"),
+    (decode, "--prompt p --ckpt {files}/ckpt --device abacus", "abacus"),
+    (decode, "--prompt p --ckpt {files}/ckpt --temperature -1", "temperature.*-1"),
+    (decode, "--prompt p --ckpt {files}/ckpt --json {files}/nowhere/out.json", "nowhere"),
+    (decode, "--prompts {files}/blank.jsonl --ckpt {files}/ckpt", "blank.jsonl: no prompts"),
+    (decode, "--prompts {files}/other-names.jsonl --ckpt {files}/ckpt", "line 1: no prompt.*question, reply"),
 ]
 
 
@@ -76,7 +86,7 @@ def test_a_bad_command_line_is_refused_in_one_line(files, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("old", [None, "old\n"])
-def test_output_that_fails_midway_leaves_what_was_there(tmp_path, monkeypatch, capsys, old):
+def test_output_that_is_never_reached_leaves_what_was_there(tmp_path, monkeypatch, capsys, old):
     """data.py --out stops at a broken line far into the file."""
     out = tmp_path / "out.jsonl"
     (tmp_path / "late.jsonl").write_text(GOOD * 2100 + "{\n")
@@ -87,15 +97,52 @@ def test_output_that_fails_midway_leaves_what_was_there(tmp_path, monkeypatch, c
     assert sorted(tmp_path.iterdir()) == before and (old is None or out.read_text() == old)
 
 
-def test_answers_before_a_failure_are_not_lost(files, tmp_path, monkeypatch, capsys):
-    """decode.py --json holds them: here the second of three prompts is too long."""
-    prompts = [{"prompt": "p"}, {"prompt": "p" * 9999}, {"prompt": "p"}]
+def decode_three(files, tmp_path, second="p"):
+    """A command line of decode.py with three prompts, and the file that it writes."""
+    prompts = [{"prompt": "p"}, {"prompt": second}, {"prompt": "p"}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    argv = ["--ckpt", files / "ckpt", "--prompts", tmp_path / "prompts.jsonl", "--json", tmp_path / "out.json",
-            "--max-new-tokens", "3"]
-    assert "the context only" in fails(decode, argv, monkeypatch, capsys)
-    [result] = json.loads((tmp_path / "out.json").read_text())["results"]
+    out = tmp_path / "out.json"
+    return ["--ckpt", files / "ckpt", "--prompts", tmp_path / "prompts.jsonl", "--json", out, "--device", "cpu",
+            "--max-new-tokens", "3"], out
+
+
+def test_a_prompt_that_is_too_long_is_told_before_any_is_decoded(files, tmp_path, monkeypatch, capsys):
+    argv, out = decode_three(files, tmp_path, "q" * 9999)
+    monkeypatch.setattr(decode, "generate", None)
+    assert "qqq' has 10" in fails(decode, argv, monkeypatch, capsys)
+    assert not out.exists()
+
+
+def test_answers_before_an_interrupt_are_not_lost(files, tmp_path, monkeypatch, capsys):
+    """decode.py --json holds them."""
+    argv, out = decode_three(files, tmp_path)
+    real, calls = decode.generate, []
+
+    def generate(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        data.cli(decode.main)
+    assert stop.value.code == 130
+    [result] = json.loads(out.read_text())["results"]
     assert result["prompt"] == "p" and result["steps"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_like_an_interrupt(number):
+    """Unless, as under nohup, they are ignored."""
+    code = ("import data, os, signal\n"
+            "def main():\n    try:\n        os.kill(os.getpid(), {0})\n    finally:\n        print('kept')\n"
+            "{1}data.cli(main)").format(int(number), "{}")
+    ignored = f"signal.signal({int(number)}, signal.SIG_IGN)\n"
+    for setting, expected in (("", 130), (ignored, 0)):
+        done = subprocess.run([sys.executable, "-c", code.format(setting)], cwd=ROOT, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (expected, b"kept\n", b"")
 
 
 def run(*argv):

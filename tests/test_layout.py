@@ -8,7 +8,7 @@ import torch
 
 import aspd
 from aspd import (IGNORE, POSITIONS, Block, Branch, Tags, branch_mask, cache_mask, join, layout,
-                  metrics, plain, stats, tokenize)
+                  plain, steps, tokenize)
 from helpers import TOKENIZER, random_ids, random_segments
 
 TAGS = TOKENIZER.tags
@@ -256,65 +256,29 @@ def test_pieces_are_tokenised_apart():
 
 # ---- figures ----------------------------------------------------------------
 
-def test_stats_of_the_worked_example():
-    """Section 7: 9 serial + 1 + 2 = 12 steps, for 6 plain tokens."""
-    s = stats([[1], Block([Branch([2], [3]), Branch([4], [5])]), [6]])
-    assert (s.tokens, s.steps) == (6, 12)
-    assert (s.branches, s.branch_tokens, s.title_tokens) == ((2,), 4, 2)
-    s = stats([[1, 2, 3]])
-    assert (s.tokens, s.steps, s.branches) == (3, 3, ())
-
-
-def test_metrics_of_an_empty_answer():
-    """A model may end at once: no tokens in no steps."""
-    figures = aspd.metrics([stats([])])
-    assert figures["answers"] == 1 and figures["speedup"] == figures["PPD"] == 0
+def test_steps_of_the_worked_example():
+    """Section 7: 9 serial + 1 + 2 = 12 steps, for 6 plain tokens. A serial answer takes one a
+    token."""
+    ids = [[1], Block([Branch([2], [3]), Branch([4], [5])]), [6]]
+    assert (len(plain(ids)), steps(ids)) == (6, 12)
+    assert steps([[1, 2, 3]]) == 3 and steps([]) == 0
 
 
 @pytest.mark.parametrize("seed,shape", CASES)
-def test_stats_count_what_the_row_shows(seed, shape):
-    """Steps and tokens, counted again from the row: serial row tokens but <|para|>, and for each
-    block the longest rest with its <|/branch|>, and one."""
+def test_steps_are_what_the_row_shows(seed, shape):
+    """Counted again from the row: serial row tokens but <|para|>, and for each block the longest
+    rest with its <|/branch|>, and one."""
     ids = random_ids(seed, **shape)
     row = row_of(seed, shape)
     token = row.token[len(PROMPT):]
     block = row.block[len(PROMPT):]
     branch = row.branch[len(PROMPT):]
     chosen = row.target[len(PROMPT):] != IGNORE
-    steps = ((block == 0) & (token != TAGS.para)).sum()
+    passes = ((block == 0) & (token != TAGS.para)).sum()
     for b in range(1, block.max() + 1):
         in_block = (block == b) & chosen  # a branch chooses its rest and its <|/branch|>
-        steps += 1 + branch[in_block].bincount().max()
-    s = stats(ids)
-    assert s.steps == steps
-    assert s.tokens == len(plain(ids))
-    assert s.branches == tuple(len(segment) for segment in ids if isinstance(segment, Block))
-    assert s.branch_tokens == ((block > 0) & (token < 256)).sum()
-    titles = [title for segment in ids if isinstance(segment, Block) for title, _ in segment]
-    assert s.title_tokens == sum(map(len, titles))
-
-
-def test_metrics_are_the_papers():
-    """Section 7, by hand: PPD over all answers, ABN over blocks, APD and APE over parallel
-    answers."""
-    # Of 20 tokens, 3 of titles; of 7 tokens, 3 of titles.
-    block = Block([Branch([1, 1], [2] * 8), Branch([1], [2] * 9)])
-    three = Block([Branch([1], [2]), Branch([1], [2]), Branch([1], [2, 2])])
-    answers = [[[5] * 10], [[5] * 20, block], [three, [5] * 3, three]]
-    speedups = [len(plain(ids)) / stats(ids).steps for ids in answers]
-    assert metrics([stats(ids) for ids in answers]) == pytest.approx({
-        "answers": 3, "PPD": 2 / 3, "ABN": (2 + 3 + 3) / 3, "APD": (20 / 40 + 14 / 17) / 2,
-        "APE": (17 / 20 + 8 / 14) / 2, "speedup": sum(speedups) / 3, "best": max(speedups)})
-
-
-def test_metrics_do_not_depend_on_order_or_number():
-    """The same answers a hundred times have the same figures; of nothing, they are zeros."""
-    parallel = stats([[5], Block([Branch([1], [0] * 40), Branch([2], [0] * 50)])])
-    serial = stats([[1, 2, 3]])
-    few = metrics([serial, parallel, serial])
-    assert metrics([parallel, serial, serial] * 100) == pytest.approx(few | {"answers": 300})
-    assert few["best"] == parallel.tokens / parallel.steps
-    assert not any(metrics([]).values())
+        passes += 1 + branch[in_block].bincount().max()
+    assert steps(ids) == passes
 
 
 def test_picture_of_aspd_py_shows_the_mask(capsys):

@@ -1,7 +1,6 @@
 """The live view, on a small terminal that the tests emulate: at every moment it shows the plain
 text so far and, while a block is being written, a line a branch below it; at the end the answer
 alone."""
-import itertools
 import random
 import re
 import sys
@@ -19,7 +18,7 @@ from script import script
 
 SIZES = [(80, 24), (40, 10), (20, 6), (9, 3)]
 TOO_SMALL = [(80, 1), (5, 24), (5, 1), (1, 1), (2, 2)]  # for any branch line
-OURS = re.compile(r"\x1b\[\d*[AGJ]")  # what the view itself may send to steer a terminal
+OURS = re.compile(r"\x1b\[\d*[AJ]")  # what the view itself may send to steer a terminal
 
 
 # ---- a terminal -------------------------------------------------------------
@@ -49,24 +48,21 @@ class Terminal:
         self.lines = [[]]   # of characters; a wide one is followed by an empty one
         self.wraps = set()  # lines that go on in the next one
         self.raw = ""
-        self.n_flushes = 0
 
     def isatty(self):
         return True
 
     def flush(self):
-        self.n_flushes += 1
+        pass
 
     def write(self, text):
         self.raw += text
-        for number, command, character in re.findall(r"\x1b\[(\d*)([AGJ])|(.)", text, re.S):
+        for number, command, character in re.findall(r"\x1b\[(\d*)([AJ])|(.)", text, re.S):
             n = int(number or 1)
             if command == "A":  # up, but never out of the window
                 top = max(len(self.lines) - self.rows, 0)
                 self.y = max(self.y - n, top)
                 self.x = min(self.x, self.columns - 1)
-            elif command == "G":
-                self.x = min(n, self.columns) - 1
             elif command == "J":
                 self.clear_below()
             elif character == "\n":
@@ -111,12 +107,9 @@ class Terminal:
 
 
 def make_terminal(size, monkeypatch):
-    """Of that size for the code under test, too, whose clock goes on a second a look: it draws
-    after every pass."""
+    """Of that size for the code under test, too."""
     for name, value in zip(("COLUMNS", "LINES"), size):
         monkeypatch.setenv(name, str(value))
-    clock = itertools.count(1)
-    monkeypatch.setattr(decode.time, "perf_counter", clock.__next__)
     return Terminal(*size)
 
 
@@ -181,8 +174,8 @@ def watch(terminal, segments, look=None):
 
     def spy(engine):
         view(engine)
-        lines = [line.removeprefix("\n") for line in view.lines]
-        expected = "\n".join([on_screen(text_so_far(engine)), *lines])
+        lines = [line.removesuffix("\n") for line in view.lines]
+        expected = on_screen(text_so_far(engine)) + "\n".join(lines)
         assert terminal.shows() == expected.rstrip("\n")
         if look:
             look(engine, lines)
@@ -309,17 +302,7 @@ def test_branch_line_has_the_title_and_the_latest_words(monkeypatch):
 def test_branch_line_holds_nothing_that_moves_the_cursor():
     """No tab and no line break of its branch, which may stand in a text."""
     for title, rest in [("\n1.\tA", "\tone\ttwo\n\nthree\u2028\x0b\x85"), ("\n2. B", "")]:
-        assert decode.branch_line(title, rest, 40).removeprefix("\n").isprintable()
-
-
-def test_view_is_not_drawn_more_often_than_one_can_see(monkeypatch):
-    """With a millisecond a pass it is drawn about every fiftieth time."""
-    terminal = make_terminal((40, 10), monkeypatch)
-    clock = (n / 1000 for n in itertools.count(1000))
-    monkeypatch.setattr(decode.time, "perf_counter", clock.__next__)
-    with redirect_stdout(terminal):
-        answer = generate(told([LEAD * 9]), "p", "adaptive", max_new_tokens=900, watch=View())
-    assert 4 < terminal.n_flushes < answer.steps / 20
+        assert decode.branch_line(title, rest, 40).removesuffix("\n").isprintable()
 
 
 # ---- control characters -----------------------------------------------------
