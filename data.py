@@ -427,20 +427,17 @@ MARKS = ("weight", "loss", "train", "label", "kto_tag")  # 0 or false: not to be
 
 
 def read_objects(path):
-    """Yields (place, dict) for every record of a JSON array or of JSON Lines. BadInput with the
-    place."""
-    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark
-    is_array = data.lstrip().startswith(b"[")
-    with naming(f"{path}: not JSON"):
-        records = json.loads(data.decode()) if is_array else data.split(b"\n")
-    for n, r in enumerate(records, start=1):
-        where = f"{path}, record {n}" if is_array else f"{path}, line {n}"
-        if is_array or r.strip():
-            with naming(f"{where}: not JSON (JSON Lines has one object a line)"):
-                r = r if is_array else json.loads(r.decode())
-            check(isinstance(r, dict), f"{where}: expected an object, not {type(r).__name__}")
-            # null and NaN, which tables write, mean "not given"
-            yield where, {name: v for name, v in r.items() if v is not None and v == v}
+    """Yields the records of JSON Lines or of a JSON array, as dicts. BadInput with the place."""
+    with naming(path):
+        text = Path(path).read_text("utf-8-sig")
+        is_array = text.lstrip().startswith("[")
+        parts = json.loads(text) if is_array else filter(str.strip, text.split("\n"))
+    for n, part in enumerate(parts, start=1):
+        with naming(f"{path}, record {n} (JSON Lines has one object a line)"):
+            record = part if is_array else json.loads(part)
+            check(isinstance(record, dict), f"expected an object, not {type(record).__name__}")
+        # null and NaN, which tables write, mean "not given"
+        yield {name: v for name, v in record.items() if v is not None and v == v}
 
 
 def is_to_learn(fields):
@@ -457,24 +454,19 @@ def read_turns(record):
         case {"instruction": prompt, "output": answer}:
             more = [("user", record["input"])] if record.get("input") else []
             return [("user", prompt), *more, ("assistant", answer)]
-        case {"conversations": [*given]} | {"messages": [*given]}:
-            turns = []
-            for turn in given:
-                turn = turn if isinstance(turn, dict) else {}
-                role = str(turn.get("from") or turn.get("role")).strip().lower()
-                if role in ASSISTANTS and not is_to_learn(turn):
-                    role += " (not to be learnt)"
-                turns.append((role, turn.get("value") or turn.get("content")))
-            return turns
-    return []
+    turns = []
+    for turn in record.get("conversations") or record.get("messages") or []:
+        role = str(turn.get("from") or turn.get("role")).strip().lower()
+        if role in ASSISTANTS and not is_to_learn(turn):
+            role += " (not to be learnt)"
+        turns.append((role, turn.get("value") or turn.get("content")))
+    return turns
 
 
 def read_answers(record, left_out):
     """Yields (prompt, answer) for every answer that follows a user's turn. Counts in left_out, by
     reason, what yields none."""
     turns = read_turns(record) if is_to_learn(record) else []
-    if not turns:
-        left_out[f"record with the fields {', '.join(record):.80}"] += 1
     prompt = ""
     for role, text in turns:
         has_text = isinstance(text, str) and text.strip()
@@ -486,8 +478,8 @@ def read_answers(record, left_out):
         elif role != "system":
             prompt = ""
             left_out[f"{role:.40} turn {'out of place' if has_text else 'without text'}"] += 1
-    if prompt:
-        left_out["user turn without an answer"] += 1
+    if prompt or not turns:
+        left_out[f"record that ends without an answer ({', '.join(record):.80})"] += 1
 
 
 def read_records(path):
@@ -495,9 +487,11 @@ def read_records(path):
     was left out. BadInput for a file without an answer, and for what is not JSON."""
     records = []
     left_out = Counter()
-    for n, (_, r) in enumerate(read_objects(path)):
+    for n, r in enumerate(read_objects(path)):
         kept = {name: r[name] for name in ("category", "model", "facts") if name in r}
-        for k, (prompt, response) in enumerate(read_answers(r, left_out)):
+        with naming(f"{path}, record {n + 1}"):
+            answers = list(read_answers(r, left_out))
+        for k, (prompt, response) in enumerate(answers):
             own_id = f"{r.get('id', n)}-{k}" if k else r.get("id", n)
             records.append({"id": own_id, "prompt": prompt, "response": response, **kept})
     reasons = ", ".join(f"{n} x {reason}" for reason, n in left_out.most_common(10))
@@ -505,17 +499,6 @@ def read_records(path):
     if left_out:
         tqdm.write(printable(f"{path}: left out: {reasons}"), file=sys.stderr)
     return records
-
-
-def read_prompts(path):
-    """The {"category", "prompt"} of a file, a list. BadInput for a record without a prompt."""
-    prompts = []
-    for where, r in read_objects(path):
-        usable = isinstance(r.get("prompt"), str) and r["prompt"].strip()
-        check(usable, f"{where}: no prompt in a record with the fields {', '.join(r)}")
-        prompts.append({"category": r.get("category"), "prompt": r["prompt"]})
-    check(prompts, f"{path}: no prompts")
-    return prompts
 
 
 def check_writable(path):
@@ -712,8 +695,8 @@ def main():
     if args.out:
         check_writable(args.out)
 
-    lines = []
-    speedups = []  # of each answer: tokens a pass
+    found = []           # of each answer: a line of JSON
+    speedups = []        # of each answer: words a pass
     n_parallel = 0
     refused = Counter()  # {reason: how often}
     records = read_records(args.file) if args.file else corpus()
@@ -722,15 +705,15 @@ def main():
         check(join(segments) == r["response"], f"answer {r['id']} does not join back")
         if n < args.show:
             show(r, segments, refusals)
-        ids = tokenize(segments, re.compile(PATTERN).findall)  # words for tokens
-        speedups.append(len(plain(ids)) / max(steps(ids), 1))
+        words = tokenize(segments, re.compile(PATTERN).findall)
+        speedups.append(len(plain(words)) / steps(words))
         n_parallel += any(isinstance(segment, Block) for segment in segments)
         refused.update(reason for reason, _, _ in refusals)
         line = {"id": r["id"], "category": r.get("category"), "prompt": r["prompt"],
                 "segments": [*map(as_json, segments)]}
-        lines.append(json.dumps(line, ensure_ascii=False))
+        found.append(json.dumps(line, ensure_ascii=False) + "\n")
     if args.out:
-        Path(args.out).write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
+        Path(args.out).write_text("".join(found), "utf-8", "backslashreplace")
 
     mean = sum(speedups) / len(speedups)
     print(f"\n{n_parallel} of {len(records)} answers have a block. Ideal speedup (words a pass): "

@@ -24,7 +24,7 @@ import torch
 
 from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, cache_mask, check,
                   plain)
-from data import Tokenizer, check_writable, cli, printable, read_prompts
+from data import Tokenizer, check_writable, cli, printable, read_objects
 from model import check_device, from_checkpoint, pack, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
@@ -345,8 +345,8 @@ def compile_step(lm):
 # ---- from Python ------------------------------------------------------------
 
 def prompt_ids(lm, prompt):
-    """The token ids of a prompt, in the model's chat form. BadInput if it is empty or too long."""
-    check(prompt.strip(), "the prompt is empty")
+    """The token ids of a prompt, in the model's chat form. BadInput if it is no text or too long."""
+    check(isinstance(prompt, str) and prompt.strip(), f"the prompt is {prompt!r}: no text")
     ids = lm.tokenizer.prompt(prompt)
     context = lm.model.config.block_size
     check(len(ids) < context, f"{prompt[:40]!r} has {len(ids)} tokens, the context only {context}")
@@ -455,22 +455,21 @@ def main():
 
     if args.json:
         check_writable(args.json)
-    prompts = [{"category": None, "prompt": args.prompt}]
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
+    records = [{"prompt": args.prompt}] if args.prompts is None else list(read_objects(args.prompts))
+    check(records, f"{args.prompts}: no prompts")
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    for record in prompts:
-        prompt_ids(lm, record["prompt"])  # a bad one is told before the work
+    for record in records:
+        prompt_ids(lm, record.get("prompt"))  # a bad one is told before the work
     results = []
     view = View()
     try:
-        for record in prompts:
+        for record in records:
             answer = generate(
                 lm, record["prompt"], args.mode, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
                 watch=view if sys.stdout.isatty() else None)
             del answer.segments  # token ids, of no use in a file
-            results.append(record | vars(answer))
+            results.append({"category": record.get("category")} | vars(answer))
             view.write(answer.text + "\n")
             view.text = ""
             print(f"\n{answer.tokens} tokens in {answer.steps} steps, "

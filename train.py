@@ -82,20 +82,13 @@ def parse_args():
         others = ", ".join(sorted(given - BESIDE_RESUME))
         check(not others, f"--resume goes on with the settings of its run, so not with {others}")
         start = read_checkpoint(args.out_dir)
-        was = start["args"]
         now = {"out_dir": args.out_dir, "device": args.device, "resume": True}
-        args = argparse.Namespace(**was | now | {"data": args.data or was["data"]})
+        data = args.data or start["args"]["data"]
+        args = argparse.Namespace(**start["args"] | now | {"data": data})
     elif args.init_from:
         start = read_checkpoint(args.init_from)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
-
-    if args.data:
-        check(Path(args.data).is_file(), f"--data {args.data} is no regular file")
-        checksum = zlib.crc32(Path(args.data).read_bytes())
-        check(not args.resume or checksum == args.checksum,
-              f"--resume: {args.data} has other answers than the run was trained on")
-        args.checksum = checksum
     return args, start
 
 
@@ -110,6 +103,9 @@ def prepare(args, start):
     else:
         answers = corpus()
         held_out = corpus(200, split="val")
+    checksum = zlib.crc32(repr(answers).encode("utf-8", "replace"))
+    check(not args.resume or args.checksum == checksum, "--resume: the answers are not the run's")
+    args.checksum = checksum
 
     # 2) the model, split over the processes
     torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones

@@ -28,16 +28,16 @@ ANSWERS = {  # a file of answers, and what data.py FILE and train.py --data FILE
     "empty.jsonl": ("", "empty.jsonl: no usable answers"),
     "blank.jsonl": ("\ufeff\n \n", "blank.jsonl: no usable answers"),
     "empty-array.json": (" []\n", "empty-array.json: no usable answers"),
-    "broken.jsonl": (GOOD * 2 + '{"prompt": "p", \n', "broken.jsonl, line 3.*not JSON"),
-    "no-answer.jsonl": ('{"prompt": "p"}\n' * 3, r"3 x record with the fields prompt\).*read are"),
+    "broken.jsonl": (GOOD * 2 + '{"prompt": "p", \n', "broken.jsonl, record 3"),
+    "no-answer.jsonl": ('{"prompt": "p"}\n' * 3, r"3 x record that ends without an answer \(prompt\)\).*read are"),
     "prompt-alone.jsonl": (chat("human", "hi"), "prompt-alone.jsonl: no usable answers.*conversations"),
     "roles.jsonl": (chat("critic", "hi"), "roles.jsonl: no usable answers.*1 x critic turn out of place"),
     "other-names.jsonl": ('{"question": "q", "reply": "r"}\n', 'question, reply.*"prompt", "response"'),
-    "indented.json": (json.dumps(json.loads(GOOD), indent=2), "line 1.*JSON Lines has one object a line"),
-    "not-an-object.jsonl": (GOOD + "3\n", "line 2.*expected an object, not int"),
-    "latin1.jsonl": ('{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "latin1.jsonl, line 1.*utf-8"),
-    "utf16.jsonl": (GOOD.encode("utf-16"), "utf16.jsonl, line 1.*utf-8"),
-    "zipped.jsonl": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "zipped.jsonl, line 1.*utf-8"),
+    "indented.json": (json.dumps(json.loads(GOOD), indent=2), "record 1.*JSON Lines has one object a line"),
+    "not-an-object.jsonl": (GOOD + "3\n", "record 2.*expected an object, not int"),
+    "latin1.jsonl": ('{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "latin1.jsonl: .*utf-8"),
+    "utf16.jsonl": (GOOD.encode("utf-16"), "utf16.jsonl: .*utf-8"),
+    "zipped.jsonl": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "zipped.jsonl: .*utf-8"),
 }
 BAD = [  # the script, its command line, what the message must say; {files} is the folder of the fixture
     *[(data, "{files}/" + name, named) for name, (_, named) in ANSWERS.items()],
@@ -49,15 +49,15 @@ BAD = [  # the script, its command line, what the message must say; {files} is t
     (data, "{files}/good.jsonl {files}/good.jsonl", "unrecognized"),
     (decode, "--ckpt {files}/ckpt", "--prompt"),
     (decode, "--prompt p --ckpt {files}/nowhere", "nowhere.*python train.py"),
-    (decode, "--prompt {empty} --ckpt {files}/ckpt", "prompt is empty"),
-    (decode, "--prompt {blank} --ckpt {files}/ckpt", "prompt is empty"),
+    (decode, "--prompt {empty} --ckpt {files}/ckpt", "prompt is .*: no text"),
+    (decode, "--prompt {blank} --ckpt {files}/ckpt", "prompt is .*: no text"),
     (decode, "--prompt {long} --ckpt {files}/ckpt", "ppp' has 3.. tokens, the context only 256"),
     (decode, "--prompt p --ckpt {files}/ckpt --mode parallel", "parallel"),
     (decode, "--prompt p --ckpt {files}/ckpt --device abacus", "abacus"),
     (decode, "--prompt p --ckpt {files}/ckpt --temperature -1", "temperature.*-1"),
     (decode, "--prompt p --ckpt {files}/ckpt --json {files}/nowhere/out.json", "nowhere"),
     (decode, "--prompts {files}/blank.jsonl --ckpt {files}/ckpt", "blank.jsonl: no prompts"),
-    (decode, "--prompts {files}/other-names.jsonl --ckpt {files}/ckpt", "line 1: no prompt.*question, reply"),
+    (decode, "--prompts {files}/other-names.jsonl --ckpt {files}/ckpt", "the prompt is None: no text"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_output_that_is_never_reached_leaves_what_was_there(tmp_path, monkeypatc
     if old:
         out.write_text(old)
     before = sorted(tmp_path.iterdir())
-    assert "line 2101" in fails(data, [tmp_path / "late.jsonl", "--out", out], monkeypatch, capsys)
+    assert "record 2101" in fails(data, [tmp_path / "late.jsonl", "--out", out], monkeypatch, capsys)
     assert sorted(tmp_path.iterdir()) == before and (old is None or out.read_text() == old)
 
 

@@ -13,7 +13,7 @@ import torch
 import data
 from aspd import IGNORE, Block, branch_mask, layout, plain, steps, tokenize
 from data import (Tokenizer, batches, check_writable, collate, corpus, extract, learn_tokenizer, make_rows, printable,
-                  read_prompts, read_records, split_held_out)
+                  read_objects, read_records, split_held_out)
 from helpers import TOKENIZER, fails, random_ids, tiny_model, write_answers
 from model import GPTConfig
 
@@ -98,7 +98,7 @@ def test_null_and_nan_mean_not_given(tmp_path, nothing):
     path.write_text(as_lines([{"instruction": "i", "output": "o", **fields}]))
     assert list(read_records(path)) == [{"id": 0, "prompt": "i", "response": "o"}]
     path.write_text(as_lines([{"prompt": "p", "category": nothing}]))
-    assert read_prompts(path) == [{"category": None, "prompt": "p"}]
+    assert list(read_objects(path)) == [{"prompt": "p"}]
 
 
 # -----------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def test_a_system_turn_is_not_used_and_not_counted(read):
 # nothing silently left out
 
 LEFT_OUT = {  # records without an answer, and what is said about them
-    "no answer": ({"prompt": "p"}, r"1 x record with the fields prompt"),
-    "null answer": ({"prompt": "p", "response": None}, r"1 x record with the fields prompt"),
+    "no answer": ({"prompt": "p"}, r"1 x record that ends without an answer \(prompt\)"),
+    "null answer": ({"prompt": "p", "response": None}, r"1 x record that ends without an answer \(prompt\)"),
     "blank answer": ({"prompt": "p", "response": " \n"}, "1 x assistant turn without text"),
     "answer is no text": ({"prompt": "p", "response": 3}, "1 x assistant turn without text"),
     "answer is a list of parts": ({"messages": [{"role": "user", "content": "p"}, {
@@ -142,20 +142,18 @@ LEFT_OUT = {  # records without an answer, and what is said about them
     "no prompt": ({"prompt": "", "response": "r"}, "1 x user turn without text"),
     "prompt is no text": ({"prompt": 5, "response": "r"}, "1 x user turn without text"),
     "part of the prompt is no text": ({"instruction": "Double.", "input": 5, "output": "10"}, "1 x user turn without text"),
-    "other field names": ({"question": "q", "reply": "r"}, r"1 x record with the fields question, reply"),
-    "no fields": ({}, "1 x record with the fields "),
-    "Alpaca without an output": ({"instruction": "i", "input": ""}, "with the fields instruction, input"),
+    "other field names": ({"question": "q", "reply": "r"}, r"1 x record that ends without an answer \(question, reply\)"),
+    "no fields": ({}, "1 x record that ends without an answer"),
+    "Alpaca without an output": ({"instruction": "i", "input": ""}, "without an answer .instruction, input"),
     "Alpaca with an empty output": ({"instruction": "i", "input": "", "output": ""}, "1 x assistant turn without text"),
-    "no list of turns": ({"conversations": "hello"}, "with the fields conversations"),
-    "no turns": ({"conversations": []}, "with the fields conversations"),
-    "turns that are no objects": ({"conversations": ["a", None]}, "2 x none turn without text"),
+    "no turns": ({"conversations": []}, "without an answer .conversations"),
     "turns without text": (chat(("human", "a"), ("gpt", None)), "1 x gpt turn without text"),
     "an answer to a turn without text": (chat(("human", None), ("gpt", "A")), "1 x human turn without text"),
-    "a prompt alone": (chat(("human", "a")), "1 x user turn without an answer"),
+    "a prompt alone": (chat(("human", "a")), "1 x record that ends without an answer"),
     "an answer alone": (chat(("gpt", "A")), "1 x gpt turn out of place"),
     "nobody known": (chat(("narrator", "a"), ("critic", "A")), "1 x narrator turn out of place, 1 x critic turn out of"),
-    "turns before the prompt": ({"instruction": "i", "output": "o", "history": [["p", "r"]]}, "record with the fields .*history"),
-    **{f"a record with {mark} {value}": ({"prompt": "p", "response": "r", mark: value}, f"with the fields .*{mark}")
+    "turns before the prompt": ({"instruction": "i", "output": "o", "history": [["p", "r"]]}, "without an answer .*history"),
+    **{f"a record with {mark} {value}": ({"prompt": "p", "response": "r", mark: value}, f"without an answer .*{mark}")
        for mark, value in [("weight", 0), ("label", False), ("kto_tag", False), ("train", False), ("loss", 0.0)]},
     **{f"a turn with {mark} {value}": ({"messages": [
         {"role": "user", "content": "p"}, {"role": "assistant", "content": "A", mark: value}]}, "1 x assistant .not to be learnt. turn")
@@ -210,17 +208,19 @@ def test_an_empty_file_is_an_error(read):
 GOOD = b'{"prompt": "p", "response": "r"}\n'
 INDENTED = json.dumps({"prompt": "p", "response": "r"}, indent=2).encode() + b"\n"
 BAD_FILES = {  # content, what the message must name
-    "broken line": (GOOD * 2 + b'{"prompt": "p", "resp\n' + GOOD, "line 3.*JSON"),
-    "bare text": (b"hello\n", "line 1.*JSON"),
-    "broken array": (b'[{"prompt": "p"', "JSON"),
-    "not an object": (GOOD + b"[1]\n", "line 2.*list"),
+    "broken line": (GOOD * 2 + b'{"prompt": "p", "resp\n' + GOOD, "record 3.*JSON"),
+    "bare text": (b"hello\n", "record 1.*JSON"),
+    "broken array": (b'[{"prompt": "p"', "answers.jsonl"),
+    "not an object": (GOOD + b"[1]\n", "record 2.*list"),
     "not an object in an array": (b'[{"prompt": "p", "response": "r"}, 3]', "record 2.*int"),
-    "one indented object": (INDENTED, "line 1.*JSON Lines has one object a line"),
-    "several indented objects": (b"\n" + INDENTED * 3, "line 2.*JSON Lines has one object a line"),
-    "Latin-1": (GOOD + '{"prompt": "caf\u00e9", "response": "r"}\n'.encode("latin-1"), "line 2.*utf-8"),
+    "one indented object": (INDENTED, "record 1.*JSON Lines has one object a line"),
+    "several indented objects": (b"\n" + INDENTED * 3, "record 1.*JSON Lines has one object a line"),
+    "Latin-1": (GOOD + '{"prompt": "caf\u00e9", "response": "r"}\n'.encode("latin-1"), "utf-8"),
     "UTF-16": ('{"prompt": "p"}\n'.encode("utf-16"), "utf-8"),
-    "deeply nested": (b"[" * 100_000, "JSON"),
-    "deeply nested in a line": (GOOD + b'{"a":' * 100_000, "line 2.*JSON"),
+    "deeply nested": (b"[" * 100_000, "recursion"),
+    "deeply nested in a line": (GOOD + b'{"a":' * 100_000, "record 2.*recursion"),
+    "turns that are no list": (GOOD + b'{"conversations": "hello"}\n', "record 2.*'str'"),
+    "turns that are no objects": (GOOD + b'{"messages": [{"role": "user"}, null]}\n', "record 2.*NoneType"),
 }
 
 
@@ -240,17 +240,6 @@ def test_lone_surrogates_are_no_obstacle(read):
     assert len(pairs) == 1 and r"\ud83d turn out of place" in said
     with pytest.raises(ValueError, match="utf-8"):
         read('{"prompt": "\ud83d", "response": "r"}'.encode("utf-8", "surrogatepass"))
-
-
-def test_a_prompts_file_needs_prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "p", "category": "c"}\n')
-    assert read_prompts(path) == [{"prompt": "p", "category": "c"}]
-    for text, named in [("", "no prompts"), ('{"prompt": "p"}\n{"question": "q"}\n', "line 2.*question"),
-                        ('{"prompt": " "}\n', "line 1"), ('{"prompt": 3}\n', "line 1")]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=named):
-            read_prompts(path)
 
 
 # -----------------------------------------------------------------------------
@@ -511,7 +500,7 @@ def test_extraction_writes_every_answer(tmp_path, monkeypatch, capsys):
             assert isinstance(s, str) or all(b["title"] and b["text"].startswith(b["title"]) for b in s["branches"])
         assert text == r["response"] and all(line[name] == r[name] for name in ("id", "prompt"))
         assert line["category"] == r.get("category")
-    assert blocks >= 20 and "1 x record with the fields prompt" in said.err
+    assert blocks >= 20 and "1 x record that ends without an answer" in said.err
     assert "\n| [1. **Part alpha]**: " in said.out
     assert re.search(r"30 of 42 answers have a block.*Ideal speedup.*: 1\.\d\d in the mean, \d\.\d\d at best", said.out)
 
