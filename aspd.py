@@ -30,10 +30,10 @@ import torch
 
 # Names for printing. A tokenizer holds six ids for them, which encode() never returns.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
-# Serial text goes on behind the start of a block's branches: by the sum of their lengths, as if they
-# had been written one after the other, or by the longest. Either way no token shares a position with
-# one that it sees, and no position exceeds the number of row tokens before it. So a context of n row
-# tokens is one of n positions.
+# How far serial text goes on behind the start of a block's branches: by the sum of their lengths,
+# as if they had been written one after the other, or by the longest. Either way no token shares a
+# position with one that it sees, and no position exceeds the number of row tokens before it. So n
+# row tokens need n positions at most.
 POSITIONS = {"aspd": sum, "longest": max}
 MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
@@ -171,8 +171,8 @@ def cache_mask(slot, branch, owner):
 # ---- what it is worth -------------------------------------------------------
 
 def steps(segments):
-    """Segments of ids -> the forward passes after the prompt (section 4.1). The engine takes exactly
-    these; a serial decoder takes one for each plain token."""
+    """Segments of ids -> how many forward passes they take after the prompt (section 4.1). The
+    engine takes exactly these; a serial decoder takes one for each plain token."""
     n = 0
     for segment in segments:
         if not isinstance(segment, Block):

@@ -26,60 +26,52 @@ from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Branch, Tags, branch_ma
                   layout, naming, plain, steps, tokenize)
 
 # ---- extraction: the outline of an answer -------------------------------------
-# Some lines open a part: a heading, a label, a list item. Parts of one kind that follow each other
-# are a run of siblings. From the top down, a run becomes a block, or a rule says why it must not: a
-# branch may rely on the question, on the text before its block and on all titles, but not on what a
-# sibling says. Then the parts of the refused run are looked into in the same way.
+# Some lines open a part: a heading, a bold label, a list item. Parts of one level that follow each
+# other are a run of siblings. From the top down, a run becomes a block, or a rule says why it must
+# not: a branch may rely on the question, on the text before its block and on all titles, but not on
+# what a sibling says. Then the parts of the refused run are looked into in the same way.
 
-# "3.", "b)", "iv)", "三、"; not "1.5" (a digit follows) nor "e.g." (letter, dot, letter).
-NUMBER = (r"(?:\d{1,9}|[一二三四五六七八九十]{1,3}|[ivxIVX]{1,6}|[^\W\d_])"
-          r"(?:[.)）．]{1,2}(?!\d|(?<=[A-Za-z].)[A-Za-z])|、)")
-BOLD = r"(\*\*|__)(?![\s*_])(?:(?!\*\*|__).){1,99}"  # its start; who uses it closes it with \1
-# A label is a name of up to ten words, all but two of them capitalised or short ("Risks of It:").
-# One alone on its line is of another kind: it may only introduce what stands below it ("For
-# example:").
-NAME = (r"[^\W\d_a-z][^\s:：.!?]{0,30}(?: (?:[a-z]{1,3}|[^\sa-z:：.!?,][^\s:：.!?,]{0,30})){0,7}"
-        r"(?: [^\s:：.!?,]{1,30}){0,2}")
-# What opens a sentence or an e-mail is no label.
-SENTENCE = "(?:Here|Note|Subject|Dear|Sure|And|Now|So|To|I|You|We|He|She|It|They|There|My|Our)\\b"
-LIST = 10  # the rank of list items; headings, labels and ordinals, further out, have a smaller one
-LEVELS = [(name, rank, re.compile(pattern, re.M)) for name, rank, pattern in [
-    # Name, rank (the smaller, the further out), pattern of a line; the first that matches counts.
-    # Group 1 of the pattern is the notation that siblings have in common.
-    ("heading", 0, r"(#{1,6})[ \t]+\S"),  # its rank is the number of #
-    ("bold line", 7, BOLD + r"\1[:：]?[ \t\r]*$"),
-    ("ordinal", 9, r"(\*\*|__|)(?:(?:First|Second|Third|Fourth|Fifth|Sixth)(?:ly)?\1[,:]"
-                   r"|(?:One|Another) |(?:Additional|Further|More)\w+,)"),
-    ("number", LIST, r"((?:\*\*|__)?[(（]?)(?=\d)" + NUMBER),
-    ("letter", LIST, r"((?:\*\*|__)?[(（]?)" + NUMBER),
-    # Bullets rank behind numbers, for they often stand below one without being indented.
-    ("bullet", LIST + 0.5, r"([-*+–](?=[ \t]+\S)|[•‣◦▪●・](?=[ \t]*\S))"),
-    ("bold label", 8, BOLD + r"(?:[:：]\1|\1[:：])"),
-    ("lone label", 8, rf"()(?!{SENTENCE}){NAME}[:：][ \t\r]*$"),  # its text stands below it
-    ("label", 8, rf"()(?!{SENTENCE}){NAME}(?::(?=\s|$)|：)"),
+NUMBER = r"(?:\d{1,9}|[IVX]{1,5})[.)](?!\d)"  # "3.", "12)", "IV."; not "1.5"
+LEVELS = [re.compile(pattern, re.M) for pattern in [
+    # What opens a part, the outermost level first. A pattern sees a line and the line below it.
+    r"#[ \t]+\S.*$\s*\Z",  # "# Body", if a blank line is below; "# Load it" above code is none
+    *["#" * n + r"[ \t]+\S" for n in range(2, 7)],                 # "## Body", "### Body", ...
+    r"\w.*\n---+[ \t\r]*$",                                       # "Body" above "----"
+    r"\*\*[^*\s][^*\n]*\*\*[:：]?[ \t\r]*$",                       # "**Body**" alone on its line
+    r"\*\*[^*\s][^*\n]*(?:[:：]\*\*|\*\*[:：])",                   # "**Body:** Walk daily."
+    r"(?:One|Another) |(?:First|Second|Third|Fourth|Fifth)(?:ly)?,",  # "First, walk daily."
+    r"[ \t]*(?:\*\*)?" + NUMBER,                                   # "2. Walk daily."
+    r"[ \t]*[-*+•][ \t]+\S",                                       # "- Walk daily."
 ]]
-OPAQUE = re.compile(r"""(?mx)  # what is never cut; if it is not closed, it lasts to the end
-    \A (?: [\s\S]* </think> | \s* <think> [\s\S]* )          # reasoning
-    | ^[ \t]* (?: (?:[-*+•] | \d+[.)]) [ \t]+ )?  # a fence, which a list item may open with
-      (?: (`{3,}) (?!`) [^`\n]* | (~{3,}) (?!~) .* )$
-      [\s\S]*? (?: ^[ \t]* (?: \1`* | \2~* ) [ \t\r]*$ | \Z )
-    | ^[ \t]*\$\$ (?! .*\$\$ ) [\s\S]*? (?: \$\$ | \Z )      # $$ formula $$
-    | ^ .*\\\[ (?! .*\\\] ) [\s\S]*? (?: \\\] | \Z )  # \[ formula \]
-    | ^[ \t]* (?: \| | \$\$ | \\\[ ) .*                      # a row of a table; a short formula
-    """)
-HIDDEN = "\0"  # replaces what is opaque, line breaks aside; so all else keeps its place
+ITEM = len(LEVELS) - 2  # the first level of list items; all further out are called headings below
+OPAQUE = [(re.compile(opening), closing) for opening, closing in [
+    # What is never cut: how its first line begins, unless it ends on that line, and what ends it.
+    (r"\s*`{3,}[^`]*$", r"^\s*`{3,}\s*$"),          # code
+    (r"\s*<pre(?!.*</pre>)", r"</pre>"),
+    (r"\s*#\+begin_", r"#\+end_"),                  # code in Org mode
+    (r"\s*<think>(?!.*</think>)", r"</think>"),     # reasoning
+    (r"\s*\$\$(?!.*\$\$)", r"\$\$"),               # formulas
+    (r"\s*\\\[(?!.*\\\])", r"\\\]"),
+    (r"\s*\\begin\{(?!.*\\end\{)", r"\\end\{"),
+]]
 MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # what a part opens with: "- ", "2. **"
-CONCLUSION = (  # a part or paragraph that needs the parts before it: sums them up, or works on them
-    r"(?i)(?:In )?Summary|(?:Key )?Takeaway|Bottom Line|In (?:short|essence|conclusion),|Overall"
-    r"|Therefore|Ultimately|Final Answer|Calculating|总结|综上|总之|(?:Explanation|Solution|Comparison"
-    r"|Instructions|Directions|Total|Output|Answer|Results?)[ \t]*[:*\n(]")
+# A part or paragraph that needs the ones before it, for it sums them up or works on them.
+CONCLUSION = re.compile(
+    r"(?i)(?:In )?(?:Summary|Conclusion)|(?:Key )?Takeaway|Bottom Line|In (?:short|essence),"
+    r"|Overall|Therefore|Ultimately|Verse \d|Chorus|总结|综上|总之"
+    # These only where the title ends: "Steps:", but not "Steps of the temple:".
+    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps|What to Do|Explanation"
+    r"|Solution|Comparison|Total|Output|Answer|Results?|(?:Final|Revised|Corrected)(?: \w+)?)"
+    r"[ \t\r]*[:*\n(]")
 
 
 class Mark(NamedTuple):
-    """What a line is in the outline."""
-    level: str        # of LEVELS, or conclusion, paragraph (starts), text, blank, opaque, done, end
-    rank: float = 99
-    kind: tuple = ()  # level, rank, notation: what siblings have in common; empty if there are none
+    """What a line is in the outline. Siblings have equal Marks."""
+    what: str            # part (opens one), conclusion, text, blank, end
+    rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: no part
+
+
+END = Mark("end", ())  # further out than any part
 
 
 def bare(text):
@@ -87,81 +79,82 @@ def bare(text):
     return text[MARKER.match(text).end():]
 
 
-def read_mark(line, above):
-    """The Mark of a line. above: the level of the line above."""
-    content = line.strip().strip("-=*_ \t")  # nothing, where it is a rule of dashes
-    if not content:
-        return Mark("blank")
-    if content[0] == HIDDEN:
-        return Mark("opaque")
-    depth = len(re.match(r"[ \t]*", line)[0].expandtabs(4)) // 2  # in steps of two columns
-    for level, rank, pattern in LEVELS:
-        m = pattern.match(line.lstrip())
-        if m and (depth < 2 or rank >= LIST):  # far indented, only list items count
-            rank = rank or len(m[1])           # 0 is a heading's
-            if rank >= LIST:
-                rank += depth
-            elif re.match(CONCLUSION, bare(line)):
-                return Mark("conclusion", rank - 0.5)  # further out: it ends a run of its rank
-            return Mark(level, rank, (level, rank, m[1]))
-    return Mark("paragraph" if above in ("blank", "opaque") else "text")
-
-
-def read_marks(text):
-    """-> the lines of a text, what is OPAQUE hidden, and their Marks; the last Mark is the end."""
-    hidden = OPAQUE.sub(lambda m: re.sub(r"[^\n]", HIDDEN, m[0]), text)
-    lines = re.findall(r"[^\n]*\n|[^\n]+", hidden)
-    names = Counter(re.split("[:：]", line)[0] for line in lines)
-    marks = []
+def hide_opaque(lines):
+    """The lines, but "" for each line of an opaque region below its first one. A region that
+    nothing ends lasts to the end of the text."""
+    # If reasoning ends in this text, the text begins with it, even if <think> was in the prompt.
+    closing = "</think>" if any("</think>" in line for line in lines) else None
+    shown = []
     for line in lines:
-        above = marks[-1].level if marks else "blank"
-        mark = read_mark(line, above)
-        if mark.level.endswith("label"):
-            repeated = names[re.split("[:：]", line)[0]] > 1  # a field of several items
-            if repeated or above not in ("blank", "bullet"):  # a field of what stands above it
-                mark = Mark("text")
-        marks.append(mark)
-    return lines, [*marks, Mark("end", 0)]
+        shown.append("" if closing else line)
+        if closing:
+            closing = None if re.search(closing, line) else closing
+        else:
+            closing = next((end for opening, end in OPAQUE if opening.match(line)), None)
+    return shown
 
 
-def find_run(lines, marks, first):
+def read_mark(line, below):
+    """The Mark of a line. below: the line below it."""
+    if not line.strip("-=*_ \t\r\n"):  # a rule of dashes is blank, too
+        return Mark("blank")
+    concludes = CONCLUSION.match(bare(line))
+    indent = line[:len(line) - len(line.lstrip())].expandtabs(4)  # two columns are one depth
+    for level, pattern in enumerate(LEVELS):
+        if pattern.match(line + below):
+            return Mark("conclusion" if concludes else "part", (len(indent) // 2, level))
+    return Mark("conclusion" if concludes else "text")
+
+
+def paragraphs(marks, start, end):
+    """The lines where the paragraphs of a part start: the text below a blank line."""
+    text = (Mark("text"), Mark("conclusion"))
+    return [k for k in range(start + 1, end) if marks[k - 1].what == "blank" and marks[k] in text]
+
+
+def part_end(marks, start, most):
+    """The line behind the part that opens at line `start`. most: how many paragraphs it may have.
+
+    A part ends where one of its level, or of a level further out, opens. It ends before that where
+    a paragraph is not its own: "- Walk daily. / - Sleep well. / Good luck!" has two short items.
+    """
+    end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
+    if marks[end] == marks[start] and marks[start].rank[1] < ITEM:
+        return end  # all that stands between two headings belongs to the first one
+    for n, k in enumerate(paragraphs(marks, start, end)):
+        if n >= most or marks[k].what == "conclusion":
+            return k
+    return end
+
+
+def find_run(marks, first):
     """The run of siblings that opens at a line: the lines where its parts start, and the line
-    behind the last one. Where no part starts, it is the line alone."""
-    _, rank, kind = marks[first]
-    run = [first]
-    usual = 1 if rank < LIST else 0  # paragraphs in a part; then, as many as the fullest so far
-    while kind and marks[run[-1]].kind == kind:
-        below = run[-1] + 1
-        end = next(k for k in itertools.count(below)
-                   if marks[k].rank < rank or marks[k].kind == kind)
-        paragraphs = [k for k in range(below, end) if marks[k].level == "paragraph"]
-        # A conclusion, or a paragraph more than usual, is no longer the part's: the answer goes on.
-        # ("- a / - b / And so on." ends a list.) But the first part may hold any number, and so may
-        # what stands below a heading, if another heading follows.
-        beyond = [k for n, k in enumerate(paragraphs)
-                  if n >= usual or re.match(CONCLUSION, bare(lines[k]))]
-        is_last = marks[end].kind != kind
-        if beyond and len(run) > 1 and (is_last or rank >= LIST):
-            end = beyond[0]
-        usual = max(usual, len(paragraphs))
-        run.append(end)
+    behind the last one."""
+    run = [first, part_end(marks, first, math.inf)]
+    # A part has no more paragraphs than the first one, but one is always allowed below a heading.
+    most = max(len(paragraphs(marks, *run)), int(marks[first].rank[1] < ITEM))
+    while marks[run[-1]] == marks[first]:
+        run.append(part_end(marks, run[-1], most))
     return run
 
 
 # ---- extraction: titles and rules ---------------------------------------------
 
 LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
-LABEL_END = re.compile(r"[:：]|\*\*|__| [-–—](?: |$)")
-TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")
+LABEL_END = re.compile(r"[:：]|\*\*| [-–—](?: |$)")  # "Cost: 3", "**Cost** 3", "Cost - 3"
+TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # a Chinese sign, or a word
 
 
 def make_titles(parts):
-    """A title for each part: its label if short, else the fewest words that are its own."""
+    """A title for each part: its label if short, else the fewest words that are its own.
+
+    "- **Cost**: low", "- **Time**: short"       -> "- **Cost", "- **Time"
+    "1. Buy a red apple", "2. Buy a green apple" -> "1. Buy a red", "2. Buy a green"
+    """
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
         line = part[:80].split("\n")[0].rstrip()  # few titles then exceed decode.TITLE_CAP
-        after_marker = len(line) - len(bare(line))
-        words = list(TOKEN_LIKE.finditer(line, after_marker))[:16]
+        words = list(TOKEN_LIKE.finditer(line, MARKER.match(line).end()))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
     count = Counter(bare(opening).lower() for some in openings for opening in some)
     titles = []
@@ -175,182 +168,108 @@ def make_titles(parts):
 
 
 def make_block(parts, titles):
-    """The Block of parts that follow each other. A branch opens with the white space behind the one
-    before it, and the title of its first part."""
+    """The Block of parts that follow each other. White space between two parts opens the title of
+    the second one; what stands below the last one is not in the block."""
     size = math.ceil(len(parts) / MAX_BRANCHES)  # neighbours that share a branch
     block = Block()
     space = ""
     for i in range(0, len(parts), size):
         text = "".join(parts[i:i + size])
-        rest = text[len(titles[i]):].rstrip()
-        block.append(Branch(space + titles[i], rest))
-        space = text[len(titles[i] + rest):]
+        end = len(text.rstrip())
+        block.append(Branch(space + titles[i], text[len(titles[i]):end]))
+        space = text[end:]
     return block
 
 
-class Siblings(NamedTuple):
-    """A run, as the rules see it."""
-    parts: list       # texts
-    titles: list
-    block: Block      # what the run would become
-    above: str        # the prompt, and the answer up to the first part
+POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to step 1" names it
+    r"\A(?:However|Thus|Then|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
+    r"|[a-z,(] [Ss]teps? \d|\bprevious step")
+# A numbered order without a name: "1. Preheat the oven.", but not "1. Heat the oven: ...".
+ORDER = re.compile(rf"\s*{NUMBER} +[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: )")
+# A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
+# "Pour the egg mixture into the pan."
+LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:the (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,])")
+LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
+VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
+RESULT = rf"[=≈] *\$?({VALUE})\b(?! *[-+*/])"        # "= 42", not "= 42 + 1"
+NAME = r"\b[a-z]+(?:_[a-z]+|[A-Z][a-z]+)+\b"        # user_name, jobStart
+COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) \d+"  # "Case 2"
+THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
+    ("uses a value worked out in a sibling", RESULT, VALUE),
+    ("uses a name of a sibling", NAME, NAME),
+    ("names a sibling by its number", COUNTED, COUNTED),
+]
 
-    def say(self, pattern):
-        """Does a part, its marker aside, match?"""
-        return any(re.search(pattern, bare(part)) for part in self.parts)
 
-    def taken_up(self, brings, takes):
-        """Counts the things that one part brings in and a later one takes up; a thing counts once
-        in each later part, and not at all if the text above or the prompt names it. brings, takes:
-        patterns."""
-        n = 0
+def take_turns(texts):
+    """Does one of several labels come again? "Ann: ...", "Ben: ...", "Ann: ..." is a dialogue."""
+    labels = Counter(m[0] for m in map(LABEL.match, texts) if m)
+    return len(labels) > 1 and max(labels.values()) > 1
+
+
+def refusal(parts, titles, block):
+    """Why the parts must not become this block; None if their words do not tell."""
+    ids = tokenize([block], TOKEN_LIKE.findall)
+    if len(plain(ids)) - steps(ids) < 6:  # so little is not worth a block
+        return "saves too few steps"
+    if len(set(map(bare, titles))) < len(titles):
+        return "titles are not distinct"
+    texts = [bare(part) for part in parts]
+    if any(POINTS.search(text) for text in texts):
+        return "points at a sibling"
+    if take_turns(texts):
+        return "is a dialogue"
+    orders = [part for part in parts if ORDER.match(part)]
+    if 2 * len(orders) >= len(parts) or any(LEFT.match(part) for part in parts):
+        return "is a chain of orders"
+    return None
+
+
+def taken_up(parts, titles, above):
+    """Why the parts must not become a block: one brings in a thing that a later one takes up. None
+    if there is no such thing. above: the prompt, and the answer up to the first part; what it names
+    may be used by all.
+
+    "1. The room has 4 * 6 = 24 square metres.", "2. For 24 square metres, buy paint."
+    """
+    for reason, brings, takes in THINGS:
         brought = set()
-        for part, title in zip(self.parts, self.titles):
-            own = set(re.findall(brings, part))
+        for part, title in zip(parts, titles):
             taken = brought.intersection(re.findall(takes, part[len(title):]))
-            if brings != takes:  # else all that is taken would be its own
-                taken -= own     # "a fox ... the fox" in one part
-            n += sum(not re.search(rf"\b{re.escape(word)}\b", self.above) for word in taken)
-            brought |= own
-        return n
-
-
-# A rule is true of siblings that must not become a block; its docstring is the reason it gives.
-
-def saves_too_little(siblings):
-    """saves too few steps"""
-    ids = tokenize([siblings.block], TOKEN_LIKE.findall)
-    return len(plain(ids)) - steps(ids) < 6  # so little is not worth a block
-
-
-def repeats_a_title(siblings):
-    """titles are not distinct"""
-    return len(set(map(bare, siblings.titles))) < len(siblings.titles)
-
-
-def skips_a_number(siblings):
-    """its numbers skip one that a line inside a part starts with"""
-    line_number = re.compile(r"(?m)^[^\w\n]*(?:[A-Z][a-z]+ )?(\d{0,9})")  # "Step 2", or nothing
-    numbers = [[int(n or 0) for n in line_number.findall(part)] for part in siblings.parts]
-    for (low, *inside), (high, *_) in zip(numbers, numbers[1:]):
-        if low > 0 and any(low < number < high for number in inside):
-            return True
-    return False
-
-
-def concludes(siblings):
-    """works on what its siblings say"""
-    return re.match(CONCLUSION, bare(siblings.parts[-1]))
-
-
-PERFORMED = (  # "Verse 2", "FADE OUT" on a line; "Ann (smiling):", "Ann: (whispering)"
-    r"(?m)^[^\w\n]{0,9}(?:Verse|(?:Pre-)?Chorus|Outro|Scene|Act|FADE)\b[^a-z\n]{0,40}$"
-    r"|\A[^\n:]{1,40}(?:\([a-z]+(?:ly|ing|ed)\)\**:|:\W{1,4}\([a-z]+(?:ly|ing|ed)\))")
-
-
-def is_performed(siblings):
-    """is a song or a play"""
-    return siblings.say(PERFORMED)
-
-
-GOES_ON = (r"\A(?:(?:However|Thus|As a result|Then|Meanwhile|Now|If (?:yes|no|so))\b|(?:Next|Also),"
-           r"|然后|接着|因此|所以|但是)")
-
-
-def goes_on(siblings):
-    """goes on from a sibling"""
-    return siblings.say(GOES_ON)
-
-
-POINTS = (  # "Repeat this process", "as said above", "from step 2", "the previous section"
-    r"\A[A-Z]\w+ th(?:is|ese) [a-z]|\bas \w+ (?:above|earlier)\b|(?<=[a-z,(] )[Ss]teps? \d"
-    r"|\b[Rr]epeat (?:the|steps?)\b|\bthe (?:\w+ )?above\b"
-    r"|[上前]一[个個]?(?:步|项|节|節|部分|题|題|阶段)|[上前]述|如上|上記"
-    r"|\b(?:above|previous|preceding|the last) (?:step|section|item|part|day)\b")
-
-
-def points_at_sibling(siblings):
-    """points at a sibling"""
-    return siblings.say(POINTS)
-
-
-VALUE = r"\d[\d,.]*\d"  # two digits or more: one may be there by chance
-RESULT = rf"[=≈][^\w\n]{{0,6}}({VALUE})(?!\S{{0,9}} *[-+*/])"  # "= 42", not "= 42 + 1"
-
-
-def uses_sibling_value(siblings):
-    """uses a value worked out in a sibling"""
-    return siblings.taken_up(RESULT, VALUE) > 0
-
-
-IDENTIFIER = (  # user_name, jobStart, JobStartTime, "#day-list", "'Wedding'"
-    r"\b[a-z](?=\w*(?:_\w|[a-z][A-Z][a-z]))\w+|\b(?:[A-Z][a-z]+){3}\w*"
-    r"|(?<=[\"'#/])[a-z]\w*(?:-\w+)+|(?<=[\"'])[A-Z]\w{3,}(?=[\"'])")
-
-
-def uses_sibling_name(siblings):
-    """uses a name of a sibling"""
-    return siblings.taken_up(IDENTIFIER, IDENTIFIER) > 0
-
-
-NOUN = (  # after up to two words, and before what is not part of its phrase: "old grey fox jumps"
-    r"(?:[a-z'-]+ ){0,2}?([a-z'-]{3,}?)s?(?='s\b|[^\w '-]"
-    r"| (?:and|or|of|to|in|on|for|with|by|from|at|is|are|that|who|which)\b)")
-A_THING = rf"\b(?:[Aa]n?|one|some) {NOUN}"                  # "a deep hole,"
-THE_THING = rf"\b[Tt]he {NOUN}(?! (?:of|that|wh))"          # "the hole.", not "the hole that"
-SOMEBODY = r"\b[Aa]n? (?:[a-z-]+ ){0,2}?([a-z]{3,}?)s? who\b"  # "a captain who"
-
-
-def takes_up_things(siblings):
-    """takes up things of a sibling"""
-    things = siblings.taken_up(A_THING, THE_THING)  # one may be chance
-    return things > 1 or siblings.taken_up(SOMEBODY, THE_THING) > 0
-
-
-EPISODE = r"\W*(?:Day|Week|Chapter|Episode|Part|Act|Panel|Scene|Page) [\dIV]"
-PERSON = r"(?<=[a-z,] )[A-Z][a-z]{3,}"
-
-
-def tells_on(siblings):
-    """goes on with a sibling's story"""
-    return re.match(EPISODE, siblings.titles[0]) and siblings.taken_up(PERSON, PERSON) > 3
-
-
-RULES = [saves_too_little, repeats_a_title, skips_a_number, concludes, is_performed, goes_on,
-         points_at_sibling, uses_sibling_value, uses_sibling_name, takes_up_things, tells_on]
+            if any(thing not in above for thing in taken):
+                return reason
+            brought.update(re.findall(brings, part))
+    return None
 
 
 def extract(text, prompt=""):
     """An answer -> its segments (str or Block), and the refused runs as (reason, start, end), in
-    characters of the text.
-
-    Joined, the segments are the text, whatever it is; none is empty. White space between two parts
-    opens the title of the second one; what stands below the last one is serial.
-    """
-    lines, marks = read_marks(text)
+    characters of the text. Joined, the segments are the text, whatever it is; none is empty."""
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+    shown = hide_opaque(lines)
+    marks = [*map(read_mark, shown, [*shown[1:], ""]), END]
     start = [0, *itertools.accumulate(map(len, lines))]  # of each line in the text
     segments = []
     refusals = []
     done = 0  # characters that are in segments
     for i in range(len(lines)):
-        run = find_run(lines, marks, i)
+        is_part = marks[i].what == "part" and start[i] >= done
+        run = find_run(marks, i) if is_part else []
         if len(run) < 3:  # fewer than two parts
             continue
         bounds = [start[line] for line in run]
         parts = [text[a:b] for a, b in zip(bounds, bounds[1:])]
         titles = make_titles(parts)
         block = make_block(parts, titles)
-        siblings = Siblings(parts, titles, block, prompt + "\n" + text[:bounds[0]])
-        reasons = (rule.__doc__ or rule.__name__ for rule in RULES if rule(siblings))
-        reason = next(reasons, None)
+        reason = refusal(parts, titles, block)
+        reason = reason or taken_up(parts, titles, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0], bounds[-1]))
             for line in run[:-1]:
-                marks[line] = Mark("done", 0)  # it still ends runs inside the part before
+                marks[line] = END  # it still ends the part that it stands in
         else:
             segments += [text[done:bounds[0]], block]
             done = bounds[0] + len(join([block]))
-            marks[run[0]:run[-1]] = [Mark("done")] * (run[-1] - run[0])
     segments.append(text[done:])
     return [segment for segment in segments if segment], refusals
 
@@ -499,14 +418,6 @@ def read_records(path):
     if left_out:
         tqdm.write(printable(f"{path}: left out: {reasons}"), file=sys.stderr)
     return records
-
-
-def check_writable(path):
-    """BadInput unless a file can be written at path, later: so that no work is lost."""
-    path = Path(path)
-    is_place = path.parent.is_dir() and not path.is_dir()
-    can_write = os.access(path if path.exists() else path.parent, os.W_OK)
-    check(is_place and can_write, f"{path} cannot be written")
 
 
 def printable(text):
@@ -692,21 +603,22 @@ def main():
                    help="print the first N answers; a branch as | [title] rest")
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     args = p.parse_args()
-    if args.out:
-        check_writable(args.out)
 
+    records = read_records(args.file) if args.file else corpus()
+    tokenizer = learn_tokenizer(r["response"] for r in records)
+    if args.out:
+        open(args.out, "a").close()  # fails now, if it fails, and not after the work
     found = []           # of each answer: a line of JSON
-    speedups = []        # of each answer: words a pass
+    speedups = []        # of each answer: plain tokens a pass
     n_parallel = 0
     refused = Counter()  # {reason: how often}
-    records = read_records(args.file) if args.file else corpus()
     for n, r in enumerate(tqdm(records, desc="answers", disable=None)):
         segments, refusals = extract(r["response"], r["prompt"])
         check(join(segments) == r["response"], f"answer {r['id']} does not join back")
         if n < args.show:
             show(r, segments, refusals)
-        words = tokenize(segments, re.compile(PATTERN).findall)
-        speedups.append(len(plain(words)) / steps(words))
+        ids = tokenize(segments, tokenizer.encode)
+        speedups.append(len(plain(ids)) / steps(ids))
         n_parallel += any(isinstance(segment, Block) for segment in segments)
         refused.update(reason for reason, _, _ in refusals)
         line = {"id": r["id"], "category": r.get("category"), "prompt": r["prompt"],
@@ -716,7 +628,7 @@ def main():
         Path(args.out).write_text("".join(found), "utf-8", "backslashreplace")
 
     mean = sum(speedups) / len(speedups)
-    print(f"\n{n_parallel} of {len(records)} answers have a block. Ideal speedup (words a pass): "
+    print(f"\n{n_parallel} of {len(records)} answers have a block. Ideal speedup (tokens a pass): "
           f"{mean:.2f} in the mean, {max(speedups):.2f} at best.\nRefused:")
     for reason, n in refused.most_common():
         print(f"{n:>8}  {reason}")

@@ -24,7 +24,7 @@ import torch
 
 from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, cache_mask, check,
                   plain)
-from data import Tokenizer, check_writable, cli, printable, read_objects
+from data import Tokenizer, cli, printable, read_objects
 from model import check_device, from_checkpoint, pack, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
@@ -227,7 +227,7 @@ class Engine:
         step = lm.step
         n_slots = self.slot
         if lm.compiled_step:  # few shapes: all slots, and tokens and choices to powers of two
-            if n == len(fed):  # after every token: not prefill or prefixes, of which are more shapes
+            if n == len(fed):  # not the prompt or prefixes: they have too many shapes to compile
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
             # In the last slot, as tokens of a branch that there is not, so nobody sees them.
@@ -235,7 +235,7 @@ class Engine:
             pick = pick + [len(fed) - 1] * (power_of_two(n) - n)
         fed = torch.tensor(fed, device="cpu").t()                            # (4, T)
         choose = torch.tensor([(i, state) for i in pick], device="cpu").t()  # (2, N)
-        _, position, branch, _ = fed[:, choose[0]]             # where a token is chosen
+        _, position, branch, _ = fed[:, choose[0]]  # where a token is chosen
         u = self.uniform[position, branch]
         fed, choose, u = (x.to(lm.device) for x in (fed, choose, u))
         chosen, _ = step(lm.model, lm.allow, fed, choose, u, self.sampling, n_slots)
@@ -345,7 +345,7 @@ def compile_step(lm):
 # ---- from Python ------------------------------------------------------------
 
 def prompt_ids(lm, prompt):
-    """The token ids of a prompt, in the model's chat form. BadInput if it is no text or too long."""
+    """The token ids of a prompt in the model's chat form. BadInput if it is no text or too long."""
     check(isinstance(prompt, str) and prompt.strip(), f"the prompt is {prompt!r}: no text")
     ids = lm.tokenizer.prompt(prompt)
     context = lm.model.config.block_size
@@ -453,13 +453,15 @@ def main():
     add("--json", metavar="FILE", help="also write the answers and their figures here")
     args = p.parse_args()
 
-    if args.json:
-        check_writable(args.json)
-    records = [{"prompt": args.prompt}] if args.prompts is None else list(read_objects(args.prompts))
-    check(records, f"{args.prompts}: no prompts")
+    records = [{"prompt": args.prompt}]
+    if args.prompts is not None:
+        records = list(read_objects(args.prompts))
+        check(records, f"{args.prompts}: no prompts")
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
     for record in records:
-        prompt_ids(lm, record.get("prompt"))  # a bad one is told before the work
+        prompt_ids(lm, record.get("prompt"))  # a bad one is told now, not after the work
+    if args.json:
+        open(args.json, "a").close()          # so is a file that cannot be written
     results = []
     view = View()
     try:

@@ -5,8 +5,8 @@ Two things are unusual. Positions and mask are given explicitly, because sibling
 their positions and do not see each other. And the KV cache is written at slots that the caller
 names: one forward pass serves prefill, prefixes and parallel steps; no counter hides in here.
 
-Shapes, here and in decode.py: B batch, T tokens fed, N of them chosen after, S slots seen, C n_embd,
-nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
+Shapes, here and in decode.py: B batch, T tokens fed, N of them after which a token is chosen, S
+slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
 """
 import math
 import os
@@ -181,7 +181,7 @@ class GPT(nn.Module):
 
     def setup_cache(self, slots):
         """A cache of at least so many slots, all shared, for one answer at a time. One of an earlier
-        answer that is large enough is used again: nobody sees a slot before it is written."""
+        answer is used again if large enough: nobody sees a slot before it is written."""
         weight = self.model.embed_tokens.weight
         if self.owner is None or len(self.owner) < slots:
             shape = (1, self.config.n_kv_head, slots, self.config.head_size)

@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import replace
@@ -27,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from aspd import IGNORE, POSITIONS, check
-from data import (Tokenizer, batches, check_writable, cli, collate, corpus, learn_tokenizer,
-                  make_rows, read_records, split_held_out)
+from data import (Tokenizer, batches, cli, collate, corpus, learn_tokenizer, make_rows,
+                  read_records, split_held_out)
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, read_checkpoint,
                    save_checkpoint)
 
@@ -233,7 +234,7 @@ def train(args, start):
     # 1) model and optimizer
     model, tokenizer, rows, held_out = prepare(args, start)
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    check_writable(Path(args.out_dir, "ckpt.pt"))  # now, not after minutes of training
+    tempfile.TemporaryFile(dir=args.out_dir).close()  # fails now, not after minutes of training
     optimizer = make_optimizer(model, args.lr)
     first = 0
     if args.resume:

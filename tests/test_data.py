@@ -12,7 +12,7 @@ import torch
 
 import data
 from aspd import IGNORE, Block, branch_mask, layout, plain, steps, tokenize
-from data import (Tokenizer, batches, check_writable, collate, corpus, extract, learn_tokenizer, make_rows, printable,
+from data import (Tokenizer, batches, collate, corpus, extract, learn_tokenizer, make_rows, printable,
                   read_objects, read_records, split_held_out)
 from helpers import TOKENIZER, fails, random_ids, tiny_model, write_answers
 from model import GPTConfig
@@ -503,18 +503,6 @@ def test_extraction_writes_every_answer(tmp_path, monkeypatch, capsys):
     assert blocks >= 20 and "1 x record that ends without an answer" in said.err
     assert "\n| [1. **Part alpha]**: " in said.out
     assert re.search(r"30 of 42 answers have a block.*Ideal speedup.*: 1\.\d\d in the mean, \d\.\d\d at best", said.out)
-
-
-def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
-    """A folder, a file in a folder that is not there or that is a file; what can be is left as it was."""
-    (tmp_path / "file").write_text("old")
-    for path in (tmp_path, tmp_path / "no" / "file", tmp_path / "file" / "file"):
-        with pytest.raises(ValueError, match=f"{path} cannot be written"):
-            check_writable(path)
-    check_writable(tmp_path / "file")
-    check_writable(tmp_path / "new")
-    check_writable(os.devnull)
-    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_input_and_output_may_be_pipes():

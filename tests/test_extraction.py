@@ -49,9 +49,8 @@ def assert_cut(answer, *expected):
 
 NAMES = ["Move", "Sleep", "Eat"]
 MARKERS = {
-    "1.": ["1. ", "2. ", "3. "], "1)": ["1) ", "2) ", "3) "], "(1)": ["(1) ", "(2) ", "(3) "],
-    "lazy 1.": ["1. ", "1. ", "1. "], "a.": ["a. ", "b. ", "c. "], "i.": ["i. ", "ii. ", "iii. "],
-    "-": ["- "] * 3, "*": ["* "] * 3, "bullet": ["• "] * 3, "indented": ["  - "] * 3,
+    "1.": ["1. ", "2. ", "3. "], "1)": ["1) ", "2) ", "3) "], "lazy 1.": ["1. ", "1. ", "1. "],
+    "I.": ["I. ", "II. ", "III. "], "-": ["- "] * 3, "*": ["* "] * 3, "bullet": ["• "] * 3, "indented": ["  - "] * 3,
     "#": ["# "] * 3, "##": ["## "] * 3, "bold number": ["**1. ", "**2. ", "**3. "],
 }
 
@@ -59,7 +58,7 @@ MARKERS = {
 @pytest.mark.parametrize("marker", MARKERS)
 def test_every_marker_opens_branches(marker):
     """Lists and headings are cut where their markers stand, and the lead stays serial."""
-    end = "**: " if marker == "bold number" else "\n" if "#" in marker else ": "
+    end = "**: " if marker == "bold number" else "\n\n" if "#" in marker else ": "
     items = [f"{m}{name}{end}{body}." for m, name, body in zip(MARKERS[marker], NAMES, [WALK, REST, FOOD])]
     answer = "Three habits help most people:\n\n" + "\n".join(items)
     [block] = blocks(answer)
@@ -85,11 +84,9 @@ STRUCTURES = {  # answer, the first words of the branches of every block
         ["## Body", "## Mind", "## Food"]),
     "bold lines": (f"**Body**\n\n{WALK}.\n\n**Mind**\n\n{REST}.\n", ["**Body", "**Mind"]),
     "bold labels": (f"**Body:** {WALK}.\n\n**Mind**: {REST}.\n", ["**Body", "**Mind"]),
-    "label lines": (f"Body:\n{WALK}.\n\nMind:\n{REST}.\n", ["Body:", "Mind:"]),
-    "labels like titles": (
-        f"Pros and Cons of Walking in the Morning:\n\n- {WALK}\n\nMore About the Sleep of Adults:\n\n- {REST}\n",
-        ["Pros and", "More About"]),
-    "labelled paragraphs": (f"Body: {WALK}.\n\nMind: {REST}.\n\nFood: {FOOD}.", ["Body:", "Mind:", "Food:"]),
+    "underlined titles": (f"Body\n----\n\n{WALK}.\n\nMind\n----\n\n{REST}.\n", ["Body", "Mind"]),
+    "bullets below numbers, not indented": (
+        f"1. Morning:\n- {WALK}\n- drink water\n2. Evening:\n- {REST}\n- read\n", ["1. Morning", "2. Evening"]),
     "reasons in paragraphs": (
         f"One reason is health: {WALK}.\n\nAnother reason is calm: {REST}.\n\n", ["One reason", "Another reason"]),
     "First, Second": (f"First, {WALK}.\n\nSecond, {REST}.\n\nFinally, {FOOD}.\n", ["First,", "Second,"]),
@@ -100,12 +97,6 @@ STRUCTURES = {  # answer, the first words of the branches of every block
     "fields of the items are no items": (
         f"1. Ash\nHeight: thirty metres, {WALK}\nUse: tools\n2. Elm\nHeight: twenty metres, {REST}\nUse: boats\n",
         ["1. Ash", "2. Elm"]),
-    "Chinese labels": ("早睡：每天晚上十点以前上床睡觉，保持卧室安静。\n\n运动：每天早上散步三十分钟，风雨无阻，坚持一年。\n",
-                       ["早睡", "运动"]),
-    "numbered labels hold labels": (
-        f"Review 1:\nTitle: Calm\n\n{WALK}.\n\nSlowly.\n\nReview 2:\nTitle: Busy\n\n{REST}.\n\nDaily.\n",
-        ["Review 1:", "Review 2:"]),
-    "days": (f"Day 1: Oslo\n- {WALK}\n- eat\nDay 2: Rome\n- {REST}\n- drink\n", ["Day 1", "Day 2"]),
     "letters keep their greeting": (
         f"Subject: Offer\n\nDear Ms Ray,\n\nWe offer:\n\n- Walks: {WALK}.\n- Meals: {FOOD}.\n\nYours,\nAnn",
         ["- Walks", "- Meals"]),
@@ -128,6 +119,7 @@ ENDS = {  # what stands below a last part that is no longer its own
     "a paragraph below a list": (f"- Walk: {WALK}.\n- Rest: {REST}.\n", "\nStart today."),
     "more paragraphs than its siblings have": (f"- Walk\n\nDo {WALK}.\n\n- Rest\n\nDo {REST}.\n", "\nStart today."),
     "a conclusion below sections": (f"## Body\n- {WALK}\n\n## Mind\n- {REST}\n", "\nIn conclusion, both help.\n"),
+    "an item that sums up": (f"1. Cats: {WALK}.\n2. Dogs: {REST}.\n", "3. Overall, both are fine.\n"),
     "a heading that sums up": (f"## Cats\n\n{WALK}.\n\n## Dogs\n\n{REST}.\n", "\n## Summary\n\nBoth are fine.\n"),
 }
 
@@ -138,6 +130,32 @@ def test_what_goes_on_after_the_last_part_is_serial(name):
     segments, _ = extract(answer + rest)
     assert len(segments[-2]) == 2 and segments[-1] == "\n" + rest
 
+
+@pytest.mark.parametrize("things, steps", [
+    ("Ingredients", "Instructions"), ("Materials", "Procedure"), ("What You Need", "What to Do"),
+    ("Ingredients", "Method"), ("Equipment", "Steps"), ("Original", "Corrected version"), ("Draft", "Final"),
+    ("Question", "Answer")])
+def test_what_works_on_its_sibling_is_no_sibling(things, steps):
+    """Steps use the list of things above them, and each state of a text the one before."""
+    for answer in (f"### {things}\n\n{WALK}.\n\n### {steps}\n\n{REST}.\n",
+                   f"**{things}:**\n\n{WALK}.\n\n**{steps}:**\n\n{REST}.\n"):
+        assert blocks(answer) == [] and not reasons(answer)
+    assert len(blocks(answer.replace(f"{steps}:", f"{steps} in Rome:"))) == 1  # only where the title ends
+
+
+def test_sections_in_the_middle_may_be_long_but_the_last_one_ends_where_the_answer_goes_on():
+    body = f"{WALK}.\n\n"
+    answer = f"## Body\n\n{body}## Mind\n\n{body}Slowly.\n\n## Food\n\n{FOOD}.\n"
+    segments, _ = extract(answer + "\nGood luck!")
+    assert [text.split("\n")[0] for text in texts(segments[0])] == ["## Body", "## Mind", "## Food"]
+    assert segments[1] == "\n\nGood luck!"
+
+
+def test_a_comment_above_code_is_no_heading():
+    """Code without a fence has no parts; a heading with a single # has a blank line below it."""
+    code = f"# Load it, then {WALK}\nx = load()\n# Save it, then {REST}\nsave(x)\n"
+    assert blocks(code) == []
+    assert len(blocks(code.replace("\nx", "\n\nx").replace("\ns", "\n\ns"))) == 1
 
 def test_long_lists_are_grouped_in_order():
     """Forty items become at most sixteen branches, neighbours together, titled by their first item."""
@@ -152,7 +170,7 @@ UNTOUCHED = {
     "table": f"| Habit | How |\n|---|---|\n| - Walk | {WALK} |\n| - Rest | {REST} |\n",
     "poem": ("The harbour sleeps, the lamps are low,\nThe tide returns as tides will go,\n\n"
         "And one by one the boats come in\nWith silver cargo, fin by fin."),
-    "lyrics": f"Verse 1:\nOh {WALK}\n\nChorus:\nOh {REST}\n\nVerse 2:\nOh {FOOD}\n",
+    "lyrics": f"**Verse 1**\nOh {WALK}\n\n**(Chorus)**\nOh {REST}\n\n**Verse 2**\nOh {FOOD}\n",
     "dialogue": f"Ann: Did you {WALK}?\n\nBen: No, I had to {REST}.\n\nAnn: And did you {FOOD}?\n\nBen: Not yet.",
     "stage directions": f"Ann (smiling): Come and {WALK}!\n\nBen (yawning): I would rather {REST}.\n",
     "letter": f"Subject: Holiday\n\nDear Ben,\n\nI hope you {WALK}. Do you still {FOOD}?\n\nYours,\nAnn",
@@ -173,16 +191,14 @@ def test_text_without_independent_parts_stays_serial(name):
 LISTED = f"- Walk: {WALK}.\n- Rest: {REST}.\n"
 OPAQUE = {  # a region that holds what looks like a list
     "fence": f"```yaml\n{LISTED}```\n",
-    "fence that holds a shorter one": f"````\n```\n{LISTED}```\n{LISTED}````\n",
-    "fence of tildes that holds backticks": f"~~~\n```\n{LISTED}~~~\n",
     "closing fence with a word is none": f"```\n{LISTED}``` no\n{LISTED}```\n",
     "fence that is not closed": f"```\n{LISTED}",
     "formula between dollars": f"$$\n{LISTED}$$\n",
     "formula between brackets": f"\\[\n{LISTED}\\]\n",
-    "formula that opens at the end of a line": f"So we have \\[\n{LISTED}\\]\n",
+    "formula in an environment": f"\\begin{{align*}}\n{LISTED}\\end{{align*}}\n",
+    "preformatted": f"<pre>\n{LISTED}</pre>\n",
+    "code in Org mode": f"#+begin_src yaml\n{LISTED}#+end_src\n",
     "reasoning": f"<think>\n{LISTED}</think>\n",
-    "formula that opens within a line": f"Then \\[ y =\n{LISTED}\\]\n",
-    "fence that opens on an item's line": f"- ```yaml\n{LISTED}  ```\n",
     "reasoning, twice": f"<think>\nx\n</think>\nOK:\n<think>\n{LISTED}</think>\n",
     "reasoning whose start was in the prompt": f"First I think.\n{LISTED}</think>\n",
 }
@@ -196,47 +212,38 @@ def test_opaque_regions_are_not_cut(name):
         assert_cut(OPAQUE[name] + f"\n- Plan: {FOOD}.\n- Sit: {WALK}.\n", ["- Plan", "- Sit"])
 
 
-@pytest.mark.parametrize("line", ["```ls``` lists files.", "Use ``` for code.", "$$x = 1$$", "\\[ x = 1 \\]", "a | b"])
+@pytest.mark.parametrize("line", ["```ls``` lists files.", "Use ``` for code.", "$$x = 1$$", "\\[ x = 1 \\]", "<pre>x</pre>",
+                                  "\\begin{align} x \\end{align}", "a | b"])
 def test_a_line_that_closes_what_it_opens_hides_nothing(line):
     assert_cut(f"{line}\n{LISTED}", ["- Walk", "- Rest"])
 
 
 NOTATIONS = {  # markers of siblings, a blank after them or not
-    "Chinese numbers of two characters": ["九、", "十、", "十一、", "十二、"],
     "kana and ideographs after the number": ["1.財布は", "2.かさは", "3.かぎは"],
     "letters after the number": ["1.Wallet ", "2.傘は", "3.Key "],
     "numbers that grow": ["998. ", "999. ", "1000. ", "1001. "],
     "right-aligned numbers": [" 9. ", "10. ", "11. "],
-    "a colon after some": ["First: ", "Second, ", "Third: "],
-    "adverbs": ["Firstly, ", "Secondly: ", "Thirdly, "],
-    "letters that could be Roman": ["g. ", "h. ", "i. ", "j. "],
-    "Roman numbers": ["iv. ", "v. ", "vi. "],
+    "ordinals": ["First, ", "Second, ", "Third, "],
+    "adverbs": ["Firstly, ", "Secondly, ", "Thirdly, "],
+    "Roman numbers": ["IV. ", "V. ", "VI. "],
+    "numbers in two forms": ["1. ", "2) ", "3. "],
     "bold numbers": ["**1.** ", "**2.** ", "**3.** "],
-    "circles": ["・", "・", "・"],
+    "bullets in two forms": ["- ", "* ", "- "],
 }
 
 
 @pytest.mark.parametrize("name", NOTATIONS)
-def test_siblings_have_one_notation(name):
-    """A marker depends neither on what follows it nor on how long its number is."""
+def test_siblings_are_of_one_level(name):
+    """Which depends neither on what follows the marker nor on how it is written."""
     bodies = [f"Aa {WALK}", f"Bb {REST}", f"Cc {FOOD}", f"Dd {WALK}"]
     parts = [marker + body for marker, body in zip(NOTATIONS[name], bodies)]
     assert_cut("\n\n".join(parts) + "\n", [part.strip() for part in parts])
 
 
-def test_a_run_that_skips_the_number_of_a_line_is_refused():
-    """The line between is one of the siblings, in a notation that was not seen."""
-    answer = f"1. Walk: {WALK}.\n2 - Sit: {FOOD}.\n3. Rest: {REST}.\n"
-    assert blocks(answer) == [] and "its numbers skip one that a line inside a part starts with" in reasons(answer)
-    assert len(blocks(answer.replace("2 - Sit", "Sit"))) == 1
-    steps = f"Step 1: {WALK}.\n\nStep 2 - {FOOD}.\n\nStep 3: {REST}.\n"
-    assert blocks(steps) == [] and reasons(answer) == reasons(steps)
-
-
 @pytest.mark.parametrize("line", [
     "A good report has three properties:", "The plan includes two stages:", "You need the following:",
     "There are several reasons for this:", "Consider these:", "Keep in mind:", "For example:", "Do it in six steps:", "好的报告有三个特点："])
-def test_a_line_that_introduces_a_list_is_no_label(line):
+def test_a_line_that_introduces_a_list_opens_no_part(line):
     """The list below it is cut, not the line and what comes after."""
     answer = f"{line}\n\n{LISTED}\nCost: {FOOD}, which is about all that there is to say.\n"
     assert_cut(answer, ["- Walk", "- Rest"])
@@ -248,39 +255,31 @@ def test_a_line_that_introduces_a_list_is_no_label(line):
 REFUSED = {  # reason: answers
     "titles are not distinct": [
         f"### Why?\n\nBecause {WALK}.\n\n### Why?\n\nBecause {REST}.\n"],
-    "works on what its siblings say": [
-        f"1. Cats: {WALK}.\n2. Dogs: {REST}.\n3. Overall, both are fine pets, and the choice is yours to make.\n"],
-    "is a song or a play": [UNTOUCHED["lyrics"], UNTOUCHED["stage directions"]],
-    "goes on from a sibling": [
+    "is a dialogue": [
+        f"**Ann:** Did you {WALK}?\n\n**Ben:** No, I had to {REST}.\n\n**Ann:** And did you {FOOD}?\n",
+        f"**Thought:** I {WALK}.\n\n**Action:** I {REST}.\n\n**Thought:** I {FOOD}.\n"],
+    "is a chain of orders": [
+        f"1. Preheat the oven to 200 degrees, and {WALK}.\n2. In a large bowl, mix flour and eggs, and {REST}.\n"
+        f"3. Add to the batter what is left, and {FOOD}.\n4. Bake until brown.\n",
+        f"1. **Stir**: mix flour and eggs, and {WALK}.\n2. **Bake**: pour in the egg mixture, and {REST}.\n",
+        f"1. **Fry**: brown the onions and set them aside. Then {WALK}.\n2. **Boil**: cook the rice, and {REST}.\n"],
+    "points at a sibling": [
         f"1. Rome grew because people {WALK}.\n2. As a result, its neighbours had to {REST} and {FOOD}.\n",
         f"1. Have you ever had to {REST}?\n2. If yes, tell us how you {WALK} and {FOOD}.\n",
-        "1. 先把水烧开，等到水面不断冒出大泡为止。\n2. 然后把面条放进去，煮三分钟再捞出来，沥干水分。\n"],
-    "points at a sibling": [
-        f"1. Walk: {WALK}.\n2. Rest: as mentioned above, {REST}.\n",
         f"1. Walk: {WALK}.\n2. Rest: go back to step 1 and {REST}.\n",
-        f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n",
-        f"1. Walk: {WALK}.\n2. Rest: with the advice above in mind, {REST}.\n",
-        "1. 收集数据：从三个城市的学校里收集一年的成绩。\n2. 分析数据：用上一步得到的成绩计算每个城市的平均值。\n",
-        "1. 收集数据：从三个城市的学校里收集一年的成绩。\n2. 分析数据：根据上述成绩计算每个城市的平均值和方差。\n"],
+        f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n"],
+    "names a sibling by its number": [
+        f"**Case 1:** x is even, so {WALK}.\n\n**Case 2:** x is odd, and as in Case 1 we {REST}.\n",
+        f"**Week 1:** for a start, {WALK}.\n\n**Week 2:** the same as in week 1, but {REST}.\n",
+        f"- **Lemma 3:** x is even, so {WALK}.\n- **Lemma 4:** Lemma 3 gives y, so {REST}.\n",
+        f"**Part A:** x is even, so {WALK}.\n\n**Part B:** with the result of part A, {REST}.\n"],
     "uses a value worked out in a sibling": [
         f"1. Area: the room is 4 m by 6 m, which gives = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n",
         f"1. Shirts: two at 15 each are 2 * 15 = 30, {WALK}.\n2. In all: with shoes 30 + 40 = 70, {REST}.\n"],
     "uses a name of a sibling": [
-        f"1. Page: open it, and {WALK}:\n```\n<p id='day-list'>\n```\n"
-        f"2. Style: copy this, and {REST}:\n```\n#day-list {{ color: red }}\n```\n",
-        f"1. Start: keep it as JobStartTime, and {WALK}.\n2. End: subtract JobStartTime, and {REST}.\n",
-        f"1. Event: {{'title': 'Wedding'}}, and {WALK}.\n2. Guest: {{'event': 'Wedding'}}, and {REST}.\n",
+        f"1. Start: keep it as jobStart, and {WALK}.\n2. End: subtract jobStart, and {REST}.\n",
         f"1. Table: store the `user_name`, and {WALK}.\n2. Form: ask for the `user_name`, and {REST}.\n"],
-    "takes up things of a sibling": [
-        f"1. Plant: dig a hole, build a fence, then {WALK}.\n2. Care: water the hole, paint the fence, then {REST}.\n",
-        f"- Ship: there is a captain who tells all men to {WALK}.\n"
-        f"- Storm: the captain's hat is lost, so they {REST}.\n",
-        f"- Ship: there is a princess who tells all men to {WALK}.\n"
-        f"- Storm: the princess's hat is lost, so they {REST}.\n"],
-    "goes on with a sibling's story": [
-        f"Day 1: Landing\nWe met Marta, Pedro, Lucia and Bruno at the port to {WALK}.\n\n"
-        f"Day 2: Hills\nAt dawn Marta and Pedro left, while Lucia and Bruno chose to {REST}.\n"],
     "saves too few steps": ["1. Ash\n2. Elm\n3. Oak\n", "- Yes, of course.\n- No.\n"],
 }
 CASES = [(reason, answer) for reason, answers in REFUSED.items() for answer in answers]
@@ -292,12 +291,14 @@ def test_dependent_parts_stay_serial_and_the_reason_is_given(reason, answer):
 
 
 ALLOWED = {  # what a branch may rely on: nearly the same answers as some that are refused
-    "what the text before says": (f"Take a hole and a fence.\n\n- Plant: dig a hole, build a fence, then {WALK}.\n"
-        f"- Care: water the hole, paint the fence, then {REST}.\n"),
+    "what the text before says": (f"Add a `user_name`.\n\n1. Table: store the `user_name`, and {WALK}.\n"
+        f"2. Form: ask for the `user_name`, and {REST}.\n"),
     "a value in the question": (f"1. Floor: the room has 4 x 6 = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n"),
-    "what a title says": f"1. `shop.py`: add a file called `shop.py` and {WALK}.\n2. Test: run `shop.py` and {REST}.\n",
-    "an item about results among others": f"1. Goal: {WALK}.\n2. Results: {REST}.\n3. Cost: {FOOD}.\n",
+    "an order with a name": (f"1. Heat the oven: at first {WALK}.\n2. Mix the batter: it is best to {REST}.\n"),
+    "orders without numbers": f"- Avoid the sun, and {WALK}.\n- Stir the mixture, and {REST}.\n",
+    "one label for all": f"1. **Need**: sleep, to {REST}.\n2. **Need**: walks, to {WALK}.\n",
+    "a number of its own": f"**Week 1:** in week 1 we {WALK}.\n\n**Week 2:** in week 2 we {REST}.\n",
 }
 
 
@@ -354,10 +355,10 @@ def test_block_opens_only_where_it_saves_steps():
 # -----------------------------------------------------------------------------
 # any text at all, in linear time
 
-PIECES = ["1. ", "2) ", "- ", "* ", "**Bold:** ", "## ", "\n", "\n\n", "\r\n", "\t", "    ", "```\n", "~~~\n", "|a|b|\n",
+PIECES = ["1. ", "2) ", "- ", "* ", "**Bold:** ", "**Two:** ", "# ", "## ", "\n", "\n\n", "\r\n", "\t", "    ", "```\n", "~~~\n", "|a|b|\n",
           "---\n", "Step 1: ", "Label:\n", "a. ", "ii. ", "(1) ", "一、", "早睡：", "<|branch|>", "<|/title|>", "the pan ",
           "a pan ", "However, ", "They are ", "= 12.5 ", "x = 3\n", "`x.py` ", "\u2028", "\x00", "\ud800", "🙂", "é",
-          "First, ", "Summary\n", "word ", "٣. ", "²) ", "$$\n", "\\[\n", "\\]\n", "</think>", "İ. "]
+          "First, ", "Summary\n", "word ", "٣. ", "²) ", "<pre>\n", "#+begin_src\n", "\\begin{a}\n", "----\n", "$$\n", "\\[\n", "\\]\n", "</think>", "İ. "]
 
 
 def test_nothing_is_lost_whatever_the_text():

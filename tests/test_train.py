@@ -92,6 +92,47 @@ def test_write_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch, owner,
     assert read_checkpoint(tmp_path)["step"] == 3
 
 
+FULL = """
+import resource, sys, torch
+from aspd import BadInput
+from model import save_checkpoint
+save_checkpoint(sys.argv[1], step=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # a file may not grow further
+try:
+    save_checkpoint(sys.argv[1], step=2, model=torch.zeros(100_000))
+except BadInput as e:
+    print(e)
+"""
+
+
+def test_full_disk_is_told_in_a_line_that_names_the_file(tmp_path):
+    """The old checkpoint stays whole, and nothing is left of the new one."""
+    said = ended([start(tmp_path, code=["-c", FULL])])
+    assert f"cannot write {tmp_path}" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert read_checkpoint(tmp_path)["step"] == 1
+
+
+SAVING = """
+import sys, torch
+from model import save_checkpoint
+for step in range(40):
+    save_checkpoint(sys.argv[1], step=step, model=torch.zeros(200_000))
+"""
+
+
+def test_two_runs_that_save_into_one_folder_leave_it_whole_at_every_moment(tmp_path):
+    save_checkpoint(tmp_path, step=0)
+    both = [start(tmp_path, code=["-c", SAVING]) for _ in range(2)]
+    reads = 0
+    while any(process.poll() is None for process in both):
+        assert read_checkpoint(tmp_path)["format"] == model.FORMAT
+        reads += 1
+    ended(both)
+    assert reads > 5 and read_checkpoint(tmp_path)["step"] == 39
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 class RunsCode:
     """Unpickled without care, it makes a folder."""
 
