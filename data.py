@@ -193,7 +193,7 @@ LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
 RESULT = rf"[=≈] *\$?({VALUE})\b(?! *[-+*/])"        # "= 42", not "= 42 + 1"
 NAME = r"\b[a-z]+(?:_[a-z]+|[A-Z][a-z]+)+\b"        # user_name, jobStart
-COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) \d+"  # "Case 2"
+COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-Z]\b)"  # "Week 2", "Case B"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
     ("uses a value worked out in a sibling", RESULT, VALUE),
     ("uses a name of a sibling", NAME, NAME),
@@ -232,13 +232,14 @@ def taken_up(parts, titles, above):
 
     "1. The room has 4 * 6 = 24 square metres.", "2. For 24 square metres, buy paint."
     """
+    above = above.lower()  # "Week 2" is "week 2", too
     for reason, brings, takes in THINGS:
         brought = set()
         for part, title in zip(parts, titles):
-            taken = brought.intersection(re.findall(takes, part[len(title):]))
-            if any(thing not in above for thing in taken):
+            taken = map(str.lower, re.findall(takes, part[len(title):]))
+            if any(thing in brought and thing not in above for thing in taken):
                 return reason
-            brought.update(re.findall(brings, part))
+            brought.update(map(str.lower, re.findall(brings, part)))
     return None
 
 
