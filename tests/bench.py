@@ -3,11 +3,13 @@
     python tests/bench.py --baseline out-serial                        # the built-in corpus
     python tests/bench.py --prompts FILE.jsonl --baseline out-serial   # your prompts
     python tests/bench.py --held-out FILE.jsonl --baseline out-serial  # loss, by place
-    python tests/bench.py --transformers FILE.jsonl --ckpt DIR         # against that library
+    python tests/bench.py --extract FILE.jsonl                         # what is parallel in a file
     python tests/bench.py --replay FILE.jsonl --shape smollm2-135m     # given answers, any weights
     python tests/bench.py --step --shape qwen2.5-7b                    # a step by width, bandwidth
     python tests/bench.py --train                                      # training, beside nanoGPT
     python tests/bench.py --all-gpu FILE.jsonl                         # the last three, two shapes
+    python tests/bench.py --transformers FILE.jsonl --ckpt DIR --published FOLDER
+                                                                       # against that library
 
 Prints tables; --json writes the same figures. The sides of a comparison take turns, answer by
 answer or step by step. Seconds are wall-clock with prefill and grammar, the device is synchronised
@@ -24,7 +26,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -35,13 +37,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Row, check, layout, plain, stats,
-                  tokenize)
-from data import (batches, cli, collate, corpus, extract, make_rows, make_tokenizer, read_prompts,
-                  read_records, split_held_out, write_whole)
-from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Budget, Engine, generate, load,
-                    sampling_settings)
-from model import GPT, GPTConfig, check_device, fast_dtype
+from aspd import (IGNORE, MAX_BRANCHES, TAG_NAMES, BadInput, Block, Row, check, layout, plain,
+                  steps, tokenize)
+from data import (Tokenizer, batches, cli, collate, corpus, extract, learn_tokenizer, make_rows,
+                  printable, read_objects, read_records, split_held_out)
+from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Engine, generate, load,
+                    make_sampling)
+from model import GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, read_checkpoint
 from script import script
 from train import held_out_loss, make_optimizer, train_step
 
@@ -147,28 +149,61 @@ def evenly(items, n):
     return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
 
 
-def get_lm(args, texts, dtype=None):
-    """An LM with tags, of --ckpt or a --shape with random weights. texts: to learn words from."""
-    dtype = dtype or args.dtype or ("bfloat16" if is_cuda(args.device) else "float32")
-    if not args.shape:
-        lm = load(args.ckpt, args.device, dtype)
-        tokenizer = lm.tokenizer
-        if not tokenizer.tags:  # the model does not know them, but can be fed them
-            tokenizer = tokenizer.add_tags()
-            lm.model.grow(tokenizer.vocab_size, {})
-        return LM(lm.model, tokenizer, args.compile)
-    tokenizer = make_tokenizer(args.tokenizer, iter(texts)).add_tags()
-    config = GPTConfig(**SHAPES[args.shape])
+def read_model(folder, device, dtype):
+    """-> the model and the tokenizer of a folder with a ckpt.pt. The model is not frozen, as an
+    LM's is: it can be trained, and run in autocast."""
+    state = read_checkpoint(folder)
+    model = from_checkpoint(state).to(device, getattr(torch, dtype))
+    return model, Tokenizer(**state["tokenizer"])
+
+
+def random_model(shape, tokenizer, device, dtype):
+    """A model of one of the SHAPES, with random weights and room for the tokenizer's ids."""
+    config = GPTConfig(**SHAPES[shape])
     config.vocab_size = max(config.vocab_size, tokenizer.vocab_size)
     with torch.device("meta"):  # 7B parameters never pass through the CPU
-        model = GPT(config).to(getattr(torch, dtype)).requires_grad_(False)
-    model.to_empty(device=args.device)
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.normal_(std=0.02)
-        else:
-            p.fill_(1.0)
-    return LM(model, tokenizer, args.compile)
+        model = GPT(config).to(getattr(torch, dtype))
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(std=0.02)
+            else:
+                p.fill_(1.0)
+    return model
+
+
+def read_prompts(path, limit):
+    """So many records of a file, spread evenly. BadInput if one of them has no prompt."""
+    records = evenly(list(read_objects(path)), limit)
+    check(records, f"{path}: no prompts")
+    for r in records:
+        check(str(r.get("prompt", "")).strip(), f"{path}: no prompt in the record {r}")
+    return records
+
+
+def get_model(args, texts, dtype=None):
+    """A model and its tokenizer, with tags, of --ckpt or of a --shape. texts: to learn words
+    from."""
+    dtype = dtype or args.dtype or ("bfloat16" if is_cuda(args.device) else "float32")
+    if not args.shape:
+        model, tokenizer = read_model(args.ckpt, args.device, dtype)
+        if not tokenizer.tags:  # the model does not know them, but can be fed them
+            tokenizer = tokenizer.with_tags(model.config.vocab_size)
+            model.grow([[0]] * len(TAG_NAMES))
+        return model, tokenizer
+    if args.tokenizer:
+        tokenizer = Tokenizer(**read_checkpoint(args.tokenizer)["tokenizer"])
+    else:
+        tokenizer = learn_tokenizer(texts)
+    if not tokenizer.tags:
+        tokenizer = tokenizer.with_tags(tokenizer.vocab_size)
+    return random_model(args.shape, tokenizer, args.device, dtype), tokenizer
+
+
+def get_lm(args, texts):
+    """The same, ready to decode."""
+    return LM(*get_model(args, texts), args.compile)
 
 
 @torch.no_grad()
@@ -177,7 +212,7 @@ def feed(engine, width, end):
     engine.slot = end - width
     branches = range(1, width + 1) if width > 1 else [0]
     fed = [(0, 0, branch) for branch in branches]
-    engine.feed(fed, range(width), BRANCH if width > 1 else TEXT_ONLY)
+    engine.feed(fed, list(range(width)), BRANCH if width > 1 else TEXT_ONLY)
 
 
 @torch.no_grad()  # as generate() has it: else compiled steps would be compiled anew
@@ -187,8 +222,8 @@ def warm_up(lm, slots, args, widths=WIDTHS):
     if lm.model.owner is not None and len(lm.model.owner) >= 2 * slots:
         lm.model.owner = None  # too large, of a bench before: compiled steps read all of it
     *settings, seed = args.sampling.values()
-    budget = Budget(slots - 1, MAX_BRANCHES)
-    engine = Engine(lm, "serial", budget, sampling_settings(*settings, lm.device), seed, None)
+    sampling = make_sampling(*settings, lm.device)
+    engine = Engine(lm, "serial", slots - 1, sampling, seed, None)
     engine.serial([0] * 8)
     for width in widths:
         for _ in range(3):
@@ -356,7 +391,7 @@ def alike(texts):
 
 def bench_prompts(args):
     """A file of prompts; parallel are the categories in which ASPD opens blocks."""
-    records = evenly(read_prompts(args.prompts), args.limit)
+    records = read_prompts(args.prompts, args.limit)
     sides, tokenizer = decoders(args, [r["prompt"] for r in records])
     del sides["branchwise"]
 
@@ -374,15 +409,18 @@ def bench_prompts(args):
 
 
 def bench_transformers(args):
-    """Our serial greedy decoding of a published model against that library's: speed and text."""
+    """Our serial greedy decoding of a published model against that library's: speed and text.
+    --ckpt is what tests/convert.py has made of the --published folder."""
+    check(args.published, "--transformers: add --published, the folder that --ckpt was made of")
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise BadInput("--transformers: that library is not installed") from None
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
     dtype = lm.model.model.embed_tokens.weight.dtype
-    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).to(args.device).eval()
-    records = evenly(read_prompts(args.transformers), args.limit)
+    model = AutoModelForCausalLM.from_pretrained(args.published, dtype=dtype)
+    model.to(args.device).eval()
+    records = read_prompts(args.transformers, args.limit)
     stop = sorted(lm.tokenizer.stop)
 
     def ours(record):
@@ -406,7 +444,7 @@ def bench_transformers(args):
     pace = {side: n / sum(r[side]["seconds"] for r in results) for side, n in tokens.items()}
     same = float(np.mean([r["ours"]["text"] == r["theirs"]["text"] for r in results]))
     ratio = pace["ours"] / pace["theirs"]
-    table(f"serial greedy decoding of {args.ckpt}, {len(results)} prompts, {dtype}",
+    table(f"serial greedy decoding of {args.published}, {len(results)} prompts, {dtype}",
           ["side", "tokens", "tokens/s"], [[side, tokens[side], pace[side]] for side in pace],
           ["d", ".1f"])
     print(f"ours / theirs {ratio:.2f}; the same text in {same:.0%} of the answers")
@@ -454,25 +492,25 @@ def hidden_row(prompt, ids, eos):
 
 
 @torch.no_grad()
-def loss_by_place(lm, records, side, args):
+def loss_by_place(model, tokenizer, records, side, args):
     """{place: (mean loss, tokens)} of a side: "aspd", "serial" or "hidden" (serial, as hidden_row
     has it), all cut into the same tokens. A title counts where it is first written."""
-    eos, tags = lm.tokenizer.eos, lm.tokenizer.tags
-    not_text = torch.tensor([IGNORE, eos, *(tags or ())], device=lm.device)
+    eos, tags = tokenizer.eos, tokenizer.tags
+    not_text = torch.tensor([IGNORE, eos, *(tags or ())], device=args.device)
     found = defaultdict(list)
     for r in tqdm(records, desc="by place", leave=False, disable=None):
         segments, _ = extract(r["response"], r["prompt"])
-        ids = tokenize(segments, lm.tokenizer.encode)
-        prompt = lm.tokenizer.prompt(r["prompt"])
+        ids = tokenize(segments, tokenizer.encode)
+        prompt = tokenizer.prompt(r["prompt"])
         if side == "aspd":
-            row = layout(prompt, ids, eos, tags, lm.model.config.positions)
+            row = layout(prompt, ids, eos, tags, model.config.positions)
         elif side == "serial":
             row = layout(prompt, [plain(ids)], eos)
         else:
             row = hidden_row(prompt, ids, eos)
         idx, position, mask, target = collate([row], args.device)
-        with torch.autocast(lm.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = lm.model(idx, position, mask)  # (1, T, V)
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = model(idx, position, mask)  # (1, T, V)
         losses = F.cross_entropy(logits[0].float(), target[0], reduction="none")
         losses = losses[~torch.isin(target[0], not_text)].tolist()
         for place, loss in zip(places(ids, side == "aspd"), losses, strict=True):
@@ -485,26 +523,25 @@ def bench_held_out(args):
     """Loss a plain token on a file's held-out answers, of ASPD and of its serial twin."""
     check(args.baseline, "--held-out compares two models: add --baseline, the serial twin's folder")
     args.dtype = args.dtype or fast_dtype(args.device)
-    lms = {"aspd": load(args.ckpt, args.device, "float32"),
-           "serial": load(args.baseline, args.device, "float32")}
-    ours = lms["aspd"]
-    check(ours.tokenizer.tags, f"--ckpt {args.ckpt} has no tags, so it is not an ASPD model")
-    for lm in lms.values():
-        lm.model.requires_grad_(True)  # the layers of training: those for decoding know no autocast
-        lm.model.config.block_size = min(args.block_size, lm.model.config.block_size)
-    _, held_out = split_held_out(list(read_records(args.held_out)))
+    sides = {"aspd": read_model(args.ckpt, args.device, "float32"),
+             "serial": read_model(args.baseline, args.device, "float32")}
+    for model, _ in sides.values():
+        model.config.block_size = min(args.block_size, model.config.block_size)
+    ours, tokenizer = sides["aspd"]
+    check(tokenizer.tags, f"--ckpt {args.ckpt} has no tags, so it is not an ASPD model")
+    _, held_out = split_held_out(read_records(args.held_out))
     records = []
     for r in evenly(held_out, args.limit):
-        rows = make_rows([r], ours.tokenizer, ours.model.config)
+        rows = make_rows([r], tokenizer, ours.config)
         records += [r] * len(rows)  # none where it is too long
     check(records, f"{args.held_out}: no held-out answer fits {args.block_size} tokens")
 
     losses, by_place = {}, {}
-    for side, lm in lms.items():
-        rows = make_rows(records, lm.tokenizer, lm.model.config, side)
-        losses[side] = held_out_loss(lm.model, rows, lm.tokenizer, args)
-        by_place[side] = loss_by_place(lm, records, side, args)
-    hidden = loss_by_place(lm, records, "hidden", args)
+    for side, (model, tokenizer) in sides.items():
+        rows = make_rows(records, tokenizer, model.config, side)
+        losses[side] = held_out_loss(model, rows, tokenizer, args)
+        by_place[side] = loss_by_place(model, tokenizer, records, side, args)
+    hidden = loss_by_place(*sides["serial"], records, "hidden", args)
     of_serial = losses["aspd"] / losses["serial"]
     print(f"\nheld-out loss of {len(records)} answers: aspd {losses['aspd']:.4f}, serial "
           f"{losses['serial']:.4f}, ratio {of_serial:.4f}")
@@ -522,12 +559,71 @@ def bench_held_out(args):
     return {"held_out_loss": losses, "of_serial": of_serial, "answers": len(records)}, found
 
 
+# ---- extraction: the paper's figures ----------------------------------------
+
+def paper_figures(answers):
+    """The figures of the paper's section 4.1, over answers, lists of segments of ids. Tags never
+    count as tokens, a title counts once."""
+    widths, inside, after_titles, speedups = [], [], [], []
+    for ids in answers:
+        tokens = len(plain(ids))
+        speedups.append(tokens / max(steps(ids), 1))  # as if a wide pass took no longer
+        blocks = [segment for segment in ids if isinstance(segment, Block)]
+        if blocks:
+            in_branches = len(plain(blocks))
+            in_titles = sum(len(title) for block in blocks for title, _ in block)
+            widths += map(len, blocks)
+            inside.append(in_branches / tokens)
+            after_titles.append(1 - in_titles / in_branches)
+
+    def mean(values):
+        return sum(values) / max(len(values), 1)
+
+    return {"answers": len(answers), "PPD": len(inside) / max(len(answers), 1),
+            "ABN": mean(widths), "APD": mean(inside), "APE": mean(after_titles),
+            "speedup": mean(speedups), "best": max(speedups, default=0)}
+
+
+def bench_extract(args):
+    """What extract() finds in a file of answers: the paper's figures, and why it refused the
+    rest."""
+    records = read_records(args.extract)
+    if Path(args.ckpt, "ckpt.pt").exists():
+        tokenizer = Tokenizer(**read_checkpoint(args.ckpt)["tokenizer"])
+        unit = "the tokens of --ckpt"
+    else:
+        tokenizer = learn_tokenizer(r["response"] for r in records)
+        unit = "tokens learnt from the file"
+    kinds = defaultdict(list)
+    refused = Counter()
+    results = []
+    for r in tqdm(evenly(records, args.limit), desc="answers", leave=False, disable=None):
+        segments, refusals = extract(r["response"], r["prompt"])
+        ids = tokenize(segments, tokenizer.encode)
+        kind = str(r.get("category") or "other")
+        kinds[kind].append(ids)
+        refused.update(reason for reason, *_ in refusals)
+        blocks = [len(segment) for segment in ids if isinstance(segment, Block)]
+        results.append({"id": r["id"], "category": kind, "tokens": len(plain(ids)),
+                        "steps": steps(ids), "blocks": blocks})
+    every = paper_figures(list(itertools.chain(*kinds.values())))
+    kinds = {kind: paper_figures(answers) for kind, answers in kinds.items()}
+    rows = [[printable(kind), *f.values()] for kind, f in kinds.items()]
+    table(f"what is parallel, counted in {unit}", ["kind", *every],
+          [*rows, ["= all", *every.values()]], ["d", ".0%", ".2f", ".0%", ".0%", ".2f", ".2f"])
+    print("PPD: answers with a block. ABN: branches a block. APD: tokens in branches; APE: of\n"
+          "these, those after titles. Speedup: ideally, tokens / passes, mean and best of all.")
+    table("refused", ["reason", "runs"], refused.most_common(), ["d"])
+    summary = {"all": every, "kinds": kinds, "refused": dict(refused), "counted_in": unit}
+    return summary, results
+
+
 # ---- replay: given answers through the engine -------------------------------
 
 def replay(lm, record, mode, args, keep=None):
     """Decodes with the tokens of record["ids"] in place of the chosen ones; the step runs as ever.
-    keep: a list that takes the logits. ValueError where the engine does not give the answer back,
-    in exactly the steps that aspd.stats predicts."""
+    keep: a list that takes the logits. BadInput where the engine does not give the answer back, in
+    exactly the steps that aspd.steps predicts."""
     ids = record["ids"] if mode == "adaptive" else [plain(record["ids"])]
     passes = iter(script(ids, lm.tokenizer.tags, lm.tokenizer.eos))
 
@@ -546,10 +642,10 @@ def replay(lm, record, mode, args, keep=None):
     scripted.compiled_step = lm.compiled_step and follow(lm.compiled_step)
     answer = generate(scripted, record["prompt"], mode, max_new_tokens=record["budget"],
                       **args.sampling)
-    steps = stats(ids).steps
-    check(answer.segments == ids and answer.steps == steps and answer.finish == "stop",
-          f"replay, {mode}: {answer.steps} steps, {steps} expected, finish {answer.finish!r}, for "
-          f"the answer to {record['prompt'][:60]!r}")
+    expected = steps(ids)
+    check(answer.segments == ids and answer.steps == expected and answer.finish == "stop",
+          f"replay, {mode}: {answer.steps} steps, {expected} expected, finish {answer.finish!r}, "
+          f"for the answer to {record['prompt'][:60]!r}")
     return answer
 
 
@@ -562,7 +658,7 @@ def to_replay(records, lm):
         segments, _ = extract(r["response"], r["prompt"])
         ids = tokenize(segments, tokenizer.encode)
         budget = len(layout([], ids, tokenizer.eos, tokenizer.tags).token)
-        budget += 200  # before each title Budget.room asks for the longest one
+        budget += 200  # before each title has_room asks for the longest one
         fits = bool(r["prompt"].strip())
         for block in ids:
             if isinstance(block, Block):
@@ -574,6 +670,25 @@ def to_replay(records, lm):
         if fits and row_tokens <= lm.model.config.block_size:
             kept.append(r | {"ids": ids, "budget": budget, "row_tokens": row_tokens})
     return kept
+
+
+def count_shapes(lm, records, args, padded):
+    """How many shapes (tokens fed, choices, slots) the passes have in a replay that are never
+    compiled: prefill and prefixes. A GPU sets its kernels up for each, which takes it long. padded:
+    as where another step is compiled. No model runs here."""
+    shapes = set()
+
+    def step(model, allow, fed, choose, u, sampling, n_slots):
+        if fed.size(1) > choose.size(1):
+            shapes.add((fed.size(1), choose.size(1), n_slots))
+        return torch.zeros_like(choose[0]), None
+
+    counting = copy.copy(lm)
+    counting.step = step
+    counting.compiled_step = step if padded else None
+    for record in records:
+        replay(counting, record, "adaptive", args)
+    return len(shapes)
 
 
 def compiled_against_eager(lm, record, args):
@@ -593,7 +708,7 @@ def compiled_against_eager(lm, record, args):
 
 def bench_replay(args, lm=None):
     """Given answers: decoded by the engine, and serially, with the same weights and tokens."""
-    given = list(read_records(args.replay))
+    given = read_records(args.replay)
     lm = lm or get_lm(args, (r["response"] for r in given))
     given = evenly(given, args.limit)
     records = to_replay(given, lm)
@@ -610,12 +725,16 @@ def bench_replay(args, lm=None):
     has_block = [bool(r["aspd"]["blocks"]) for r in results]
     keys = ("answers", "parallel", "ideal", "speedup", "average", "low", "high", "best", "realised")
     summary = report(results, has_block, keys)
-    summary |= {"left_out": len(given) - len(records), "memory_gb": memory(args.device)}
+    summary |= {"left_out": len(given) - len(records), "memory_gb": memory(args.device),
+                "shapes": count_shapes(lm, records, args, padded=False),
+                "shapes_padded": count_shapes(lm, records, args, padded=True)}
     if lm.compiled_step:
         summary |= compiled_against_eager(lm, records[0], args)
-    print(f"\n{len(records)} answers, each in exactly the steps that aspd.stats predicts; "
+    print(f"\n{len(records)} answers, each in exactly the steps that aspd.steps predicts; "
           f"{summary['left_out']} left out (a title\nover {TITLE_CAP} tokens, over {MAX_BRANCHES} "
           f"branches, or too long); peak memory {summary['memory_gb']:.2f} GB")
+    print(f"prefill and prefixes have {summary['shapes']} shapes; padded, as where a step is "
+          f"compiled, {summary['shapes_padded']}")
     return summary, results
 
 
@@ -700,30 +819,27 @@ class NanoGPT(nn.Module):
 
 def training_steps(model, args):
     """{name: function that makes one step on a batch} of what bench_train() compares."""
-    compiles = args.compile and is_cuda(args.device)  # torch cannot compile this on a CPU
     nano = NanoGPT(model).to(args.device)
     print(f"{count(model) / 1e6:.2f}M parameters; the stand-in for nanoGPT "
           f"{(count(nano) - nano.wpe.weight.numel()) / 1e6:.2f}M, positions aside")
     optimizer = make_optimizer(model, 1e-5)
     nano_optimizer = make_optimizer(nano, 1e-5)
-    net = torch.compile(model, dynamic=True) if compiles else model
-    nano_net = torch.compile(nano, dynamic=True) if compiles else nano
     autocast = (torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16")
 
     def ours(rows):
-        train_step(net, [rows], optimizer, args)
+        train_step(model, [rows], optimizer, args)
 
     def bare(batch):
         idx, position, pick, target = batch
         with torch.autocast(*autocast):
-            logits = net(idx, position, None, pick=pick)
+            logits = model(idx, position, None, pick=pick)
         F.cross_entropy(logits.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def nanogpt(tokens):
         with torch.autocast(*autocast):
-            logits = nano_net(tokens[:, :-1])
+            logits = nano(tokens[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(nano.parameters(), 1.0)
@@ -750,18 +866,16 @@ def training_batches(tagged, untagged, device):
             "nanogpt": nanogpt}
 
 
-def bench_train(args, lm=None):
+def bench_train(args):
     """Our training step on tagged rows, beside: "serial", the same rows plain causal; "bare", these
     in a bare loop (batches made before, no mask, no clipping); "untagged", the same answers without
     tags; "nanogpt", a stand-in of equal size on as many tokens, never padded."""
-    records = list(read_records(args.data)) if args.data else corpus(500)
-    eager = Namespace(**vars(args) | {"compile": False})
-    lm = lm or get_lm(eager, (r["response"] for r in records), "float32")
-    model = lm.model.float().train().requires_grad_(True)
+    records = read_records(args.data) if args.data else corpus(500)
+    model, tokenizer = get_model(args, (r["response"] for r in records), "float32")
     model.config.block_size = min(args.block_size, model.config.block_size)
     args.dtype = args.dtype or fast_dtype(args.device)
-    rows = make_rows(records, lm.tokenizer, model.config)
-    untagged = make_rows(records, lm.tokenizer, model.config, "serial")
+    rows = make_rows(records, tokenizer, model.config)
+    untagged = make_rows(records, tokenizer, model.config, "serial")
     check(rows, f"none of the {len(records)} answers fits {model.config.block_size} tokens")
     order = batches([len(row.token) for row in rows], args.batch_size, seed=0)
     made, tokens = [], defaultdict(int)
@@ -771,17 +885,17 @@ def bench_train(args, lm=None):
         tokens["aspd"] += sum(len(row.token) for row in sides[0])
         tokens["untagged"] += sum(len(row.token) for row in sides[1])
 
-    steps = training_steps(model, args)
+    sides = training_steps(model, args)
     found = []
     for n in range(len(made)):
-        runs = {name: partial(step, made[n][name]) for name, step in steps.items()}
+        runs = {name: partial(step, made[n][name]) for name, step in sides.items()}
         in_turn(runs, 1, args.device)  # a warm-up
         seconds, _ = in_turn(runs, args.repeats, args.device, first=n)
         found.append({"batch": n, "seconds": seconds})
-    seconds = {name: sum(row["seconds"][name] for row in found) for name in steps}
+    seconds = {name: sum(row["seconds"][name] for row in found) for name in sides}
     pace = {name: tokens.get(name, tokens["aspd"]) / s for name, s in seconds.items()}
     summary = {"tokens_s": pace, "memory_gb": memory(args.device)}
-    summary |= {f"of_{name}": pace["aspd"] / pace[name] for name in steps if name != "aspd"}
+    summary |= {f"of_{name}": pace["aspd"] / pace[name] for name in sides if name != "aspd"}
     summary["extra_tokens"] = tokens["aspd"] / tokens["untagged"] - 1
     summary["extra_time"] = seconds["aspd"] / seconds["untagged"] - 1
     table(f"training in {args.dtype}, {len(made)} batches of {args.batch_size} answers, "
@@ -802,15 +916,15 @@ def bench_all(args):
         args.compile |= is_cuda(args.device)
         many = Namespace(**vars(args) | {"repeats": max(args.repeats, 5), "data": args.all_gpu})
         lm = get_lm(args, (r["response"] for r in read_records(args.all_gpu)))
-        parts = [("step", bench_step, many), ("replay", bench_replay, args)]
+        parts = {"step": partial(bench_step, many, lm), "replay": partial(bench_replay, args, lm)}
         if count(lm.model) < 1e9:
-            parts.append(("train", bench_train, many))
-        for name, bench, settings in parts:
+            parts["train"] = partial(bench_train, many)  # a model of its own
+        for name, bench in parts.items():
             if is_cuda(args.device):
                 torch.cuda.reset_peak_memory_stats(args.device)
-            summary[f"{shape} {name}"], found = bench(settings, lm)
+            summary[f"{shape} {name}"], found = bench()
             results += [{"bench": f"{shape} {name}"} | row for row in found]
-        del lm  # the next model needs its memory
+        del lm, parts, bench  # the next model needs their memory
         torch._dynamo.reset()
     return summary, results
 
@@ -825,16 +939,19 @@ def parse_args(argv=None):
     add = what.add_argument
     add("--prompts", metavar="FILE", help='decode JSON Lines of {"prompt", "category"}')
     add("--held-out", metavar="FILE", help="loss on the answers of a file that train.py holds out")
+    add("--extract", metavar="FILE", help="what is parallel in these answers: PPD, ABN, APD, APE")
     add("--transformers", metavar="FILE", help="decode these prompts, beside that library")
     add("--replay", metavar="FILE", help="feed these answers through the engine")
     add("--step", action="store_true", help="time a step by width and context")
     add("--train", action="store_true", help="time training, beside a stand-in for nanoGPT")
     add("--all-gpu", metavar="FILE", help="the last three, on these answers, for two shapes")
     add = p.add_argument
-    add("--ckpt", default="out", metavar="DIR", help="of train.py, or a published folder")
+    add("--ckpt", default="out", metavar="DIR", help="a folder with a ckpt.pt")
     add("--baseline", metavar="DIR", help="the serial twin's; none: --ckpt with blocks forbidden")
     add("--shape", choices=SHAPES, help="instead of --ckpt: random weights of a published shape")
-    add("--tokenizer", default="bpe", help="with --shape: bpe (learnt) or a folder")
+    add("--tokenizer", metavar="DIR",
+        help="with --shape: of a folder with a ckpt.pt; none: learnt from the texts")
+    add("--published", metavar="DIR", help="with --transformers: the folder --ckpt was made of")
     add("--data", metavar="FILE", help="with --train: answers; none: the built-in corpus")
     add("--n", type=int, default=240, help="prompts of the built-in corpus")
     add("--limit", type=int, help="only so many prompts or answers, spread evenly over the file")
@@ -851,7 +968,7 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--dtype", choices=("float32", "bfloat16", "float64"),
         help="none: float32, bfloat16 on CUDA; --train, --held-out: as train.py")
-    add("--compile", action="store_true", help="torch.compile the step; on CUDA training too")
+    add("--compile", action="store_true", help="torch.compile the step of decoding")
     add("--json", metavar="FILE", help="also write the figures here")
     args = p.parse_args(argv)
     args.repeats = args.repeats or (30 if args.step else 5 if args.train else 1)
@@ -877,16 +994,19 @@ def main(argv=None):
     args = parse_args(argv)
     command = shlex.join(["python", "tests/bench.py", *(sys.argv[1:] if argv is None else argv)])
     about = {"machine": machine(args.device), "torch": torch.__version__, "command": command}
+    if args.json:
+        open(args.json, "a").close()  # fails now, if it fails, and not after the work
     for name, value in about.items():
         print(f"{name}: {value}")
-    benches = {"prompts": bench_prompts, "held_out": bench_held_out, "replay": bench_replay,
-               "transformers": bench_transformers, "step": bench_step, "train": bench_train,
-               "all_gpu": bench_all}
+    benches = {"prompts": bench_prompts, "held_out": bench_held_out, "extract": bench_extract,
+               "replay": bench_replay, "transformers": bench_transformers, "step": bench_step,
+               "train": bench_train, "all_gpu": bench_all}
     chosen = [bench for name, bench in benches.items() if getattr(args, name)]
     summary, results = (chosen or [bench_corpus])[0](args)
     if args.json:
-        lines = {"summary": about | summary, "results": results}
-        write_whole(args.json, [json.dumps(lines, ensure_ascii=False, indent=1)])
+        found = {"summary": about | summary, "results": results}
+        found = json.dumps(found, ensure_ascii=False, indent=1)
+        Path(args.json).write_text(found + "\n", "utf-8", "backslashreplace")
 
 
 if __name__ == "__main__":

@@ -41,19 +41,18 @@ EXERCISES = [
         needs two numbers a token, block and branch. Why is one a slot enough here, and what must
         happen to it when a block ends?
         """, ["test_cache_mask_equals_its_definition", "test_the_two_masks_are_the_same_rule"]),
-    Exercise("aspd.stats", "how many forward passes an answer takes (section 4.1)", """
+    Exercise("aspd.steps", "how many forward passes an answer takes (section 4.1)", """
         Count passes, not tokens. Which tags take a pass of their own, what goes into one pass
         together, and for whom does everybody wait? The engine is held to exactly your number.
-        Then the plain tokens: a title counts once, a tag never.
-        """, ["test_stats_of_the_worked_example", "test_stats_count_what_the_row_shows"]),
+        """, ["test_steps_of_the_worked_example", "test_steps_are_what_the_row_shows"]),
     Exercise("decode.grammar", "what may come next, in each of six states", """
         Even an untrained model must write a well-formed answer. No title is empty; end-of-text may
         end a branch but not a title; no text stands between two titles. A checkpoint may have no
-        tags: then TEXT_ONLY is the one state it needs. A padded vocabulary has ids that are no token.
+        tags: then TEXT_ONLY is the one state it needs. A padded vocabulary has ids without a token.
         That a block has two titles at least is the engine's business: AFTER_TITLE is one state.
         The ids are in tokenizer.bytes (of text), tokenizer.stop and tokenizer.tags.
         """, ["test_grammar_allows_exactly_what_the_design_says"]),
-    Exercise("decode.Budget.quota", "how branches share what is left of the budget", """
+    Exercise("decode.quota", "how branches share what is left of the budget", """
         It is asked after the titles, before <|para|> is fed. First take off what will be fed
         whatever the branches write: which tags, and which tokens a second time? Why is the rest
         divided beforehand? Think of branches that took from it as they go, in two different orders.
@@ -64,11 +63,11 @@ EXERCISES = [
         no column for it. But what must the target of a padded token be? Its softmax must not be
         NaN either: whom does it see? And when is there no need of a mask at all?
         """, ["test_collated_rows_equal_rows_alone"]),
-    Exercise("data.uses_sibling_value", "a rule of validation: parts that rely on each other", """
+    Exercise("data.taken_up", "validation: does a part take up what another brings in?", """
         "2 x 15 = 30" in one part, and "30 + 40" in a later one: whoever writes the second has to
-        know the first. Read Siblings.taken_up and the patterns above the rules: one line is
-        enough. What of a value that the question, the text above or a title gives? The docstring
-        is the reason that `python data.py` prints.
+        know the first. THINGS has, for each reason, a pattern of what a part brings in, and one of
+        how it is taken up. Go through the parts in their order. What of a thing that the question,
+        the text above or the part's own title names? And one that is only found in its own part?
         """, ["test_dependent_parts_stay_serial_and_the_reason_is_given",
               "test_a_branch_may_rely_on_the_question_the_lead_and_the_titles",
               "test_refused_sections_may_hold_lists_that_are_independent"]),
@@ -107,10 +106,9 @@ EXERCISES = [
         is chosen after it counts for nothing. In mode branchwise one branch follows the other, and
         nothing else may differ. Afterwards: whose are the slots, where does the serial stream go
         on, and what is left of the budget?
-        """, ["test_cached_parallel_decoding_equals_one_masked_forward",
-              "test_adaptive_equals_branchwise",
-              "test_engine_asks_in_the_state_of_the_grammar",
-              "test_end_of_text_in_a_branch_ends_that_branch_alone"]),
+        """, ["test_engine_asks_in_the_state_of_the_grammar",
+              "test_end_of_text_in_a_branch_ends_that_branch_alone",
+              "test_quota_does_not_depend_on_siblings", "test_forced_tokens"]),
 ]
 
 QUESTIONS = """
@@ -120,14 +118,38 @@ Shorter titles. A title token is a serial step, but a branch that does not know 
     goes wrong. Change make_titles and LABEL_WORDS in data.py. Judge: the ideal speedup of `python
     data.py FILE`; then, trained anew, the facts in `python tests/bench.py --baseline out-serial`.
 
-Another language. The rules that read words (SENTENCE, CONCLUSION, GOES_ON, POINTS, NOUN, ...) know
-    English and a little Chinese. Label the blocks of a hundred answers in yours, and write the
-    rules on one half. Judge: precision and recall on the other half.
+Another language. The patterns that read words (CONCLUSION, POINTS, ORDER, LEFT, COUNTED) know
+    English, and a little Chinese. Label the blocks of a hundred answers in yours, and write the
+    patterns on one half. Judge: precision and recall on the other half.
 
-Positions. Siblings share theirs, and the text behind a block goes on after their sum. Train with
-    `--positions longest`, and with a scheme of your own in POSITIONS, three seeds each. Judge: the
-    held-out loss that train.py prints, and the facts in tests/bench.py. Are the differences larger
-    than those between seeds?
+When a block pays. From `steps` alone: n branches have titles of t tokens and r tokens after them.
+    From which r on does their block take fewer passes than it has plain tokens? Why does t not
+    matter, and why should titles be short all the same? Judge your formula for n = 4, t = 1, r = 9:
+    `python -c "from aspd import *; print(steps([Block(4 * [Branch([0], 9 * [0])])]))"`
+
+Positions. Siblings share theirs, and the text behind a block goes on after their sum. Add a third
+    entry to POSITIONS, say min. Which positions of a row change, and does a token now
+    share one with another that it sees? The engine needs no change: `python -m pytest -k
+    test_cached_parallel` must pass. Judge: the held-out loss of `python train.py --positions NAME`
+    and of `--positions longest`, three seeds each, and the facts in `python tests/bench.py`. Are
+    the differences larger than those between seeds?
+
+Another chain. Running sums look like a list, but each line needs the one before. Add a kind like
+    that to FORMS in data.py which has no sums in it: a route, a recipe, a family tree. Judge: does
+    a rule refuse it in `python data.py --show 12`, and which one? Trained anew, does the model keep
+    it serial: the column `par.` of `python tests/bench.py`?
+
+No repeated title. A branch begins with its title once more, though the title stands before the
+    block. Let <|branch|> alone be the prefix, in layout, steps and Engine. What must then tell a
+    branch which one it is, since all of them start at one position and see the same? Judge:
+    `python -m pytest -k one_masked_forward`; then, trained anew, the passes and the facts in
+    `python tests/bench.py --baseline out-serial`, beside those of the repeated titles.
+
+Two answers in one cache. `owner` hides branches from each other: let it hide two whole answers,
+    one slot after the other in turn, so that every pass feeds a token of each. What is shared
+    between them, where do their positions start, and what must `owner` be in a block of one of
+    them? Judge: each is, token for token, what `python decode.py --mode serial --dtype float64
+    --prompt TEXT` says to its prompt alone, and both together take the passes of the longer one.
 
 Several answers at once. Give the cache and the engine a batch dimension: while one answer is
     serial, another is in a block. Judge: in float64 every answer is, token for token, the one
@@ -143,12 +165,13 @@ Branches that see what their siblings have written so far, as in Group Think and
     What must change in branch_mask (which tokens of a sibling were there first?), in cache_mask (is
     a smaller slot still an earlier step?) and in the positions, which siblings share? One of two
     tests must fall: decoding equals one masked forward pass, or adaptive equals branchwise?
-    Judge: the other one, which must hold; then, trained anew with `RULES = RULES[:2]` below the
-    rules of data.py, so that the running sums are blocks, the facts in them.
+    Judge: the other one, which must hold; then, trained anew with `THINGS = []` in data.py, so that
+    the running sums are blocks, the facts in them.
 
-No validation. Accept every list, whether or not its parts rely on each other: `RULES = RULES[:2]`
-    below the rules of data.py. Train again. Judge: the facts in tests/bench.py, kind by kind,
-    beside those of a model trained with all the rules. Are the running sums all that suffers?
+No validation. Accept every list, whether or not its parts rely on each other: in data.py, let
+    `THINGS = []`, and let refusal() know its first two reasons alone. Train again. Judge: the facts
+    in tests/bench.py, kind by kind, beside those of a model trained with all the rules. Are the
+    running sums all that suffers?
 """
 
 

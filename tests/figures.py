@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspd import (TAG_NAMES, Block, Branch, Tags, branch_mask, check, layout, naming, pieces,
                   tokenize)
 from bench import machine
-from data import cli, extract, printable, write_whole
+from data import cli, extract, printable
 from decode import generate, load
 
 PROMPT = "Write bullet points on camels, foxes, lions and wolves."  # held out from training
@@ -436,7 +436,7 @@ def main():
     p = argparse.ArgumentParser(description="Draws the README's pictures, as SVG.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--ckpt", default="out", metavar="DIR", help="of train.py, for race.svg")
+    add("--ckpt", default="out", metavar="DIR", help="a folder with a ckpt.pt, for race.svg")
     add("--baseline", metavar="DIR", help="the serial twin's; none: --ckpt with blocks forbidden")
     add("--prompt", default=PROMPT, metavar="TEXT", help="what race.svg answers")
     add("--results", default=Path(__file__).parent / "results", metavar="DIR",
@@ -444,6 +444,7 @@ def main():
     add("--out", default=Path(__file__).parent / "figures", metavar="DIR", help="where to draw")
     args = p.parse_args()
 
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     problems = []
     for name, draw in {"row": draw_row, "race": draw_race, "speed": draw_speed}.items():
         try:
@@ -451,8 +452,7 @@ def main():
         except (ValueError, OSError) as e:  # the other figures may still be drawn
             problems.append(f"no {name}.svg: {e}")
             continue
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(args.out, f"{name}.svg"), [picture])
+        Path(args.out, f"{name}.svg").write_text(picture + "\n", "utf-8")
         print(f"{args.out}/{name}.svg: {len(picture.encode())} bytes")
     check(not problems, "; ".join(problems))
 

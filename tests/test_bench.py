@@ -1,13 +1,16 @@
 """The bench on tiny random models: what it replays, counts and averages can be known beforehand;
 times only exist."""
 import json
+import sys
+from types import SimpleNamespace
 
 import bench
 import pytest
 import torch
 
-from aspd import Block, Branch, plain, stats, tokenize
-from data import corpus
+from aspd import Block, Branch, plain, steps, tokenize
+from data import Tokenizer, corpus
+from decode import LM, generate
 from model import save_checkpoint
 
 
@@ -58,13 +61,13 @@ def run(tmp_path, capsys, *argv):
 # ---- replay -----------------------------------------------------------------
 
 @pytest.mark.parametrize("ids", ANSWERS)
-def test_replay_gives_the_answer_back_in_the_steps_that_stats_predicts(lm, args, ids):
+def test_replay_gives_the_answer_back_in_the_steps_that_aspd_predicts(lm, args, ids):
     record = {"ids": ids, "prompt": "write this", "budget": 2000}
     for mode, expected in (("adaptive", ids), ("serial", [plain(ids)])):
         answer = bench.replay(lm, record, mode, args)
         assert answer.segments == expected
         assert answer.text == lm.tokenizer.decode(plain(ids))
-        assert answer.steps == stats(expected).steps
+        assert answer.steps == steps(expected)
         assert answer.tokens == len(plain(ids))
         blocks = [s for s in expected if isinstance(s, Block)]
         assert answer.blocks == [[len(t + r) for t, r in block] for block in blocks]
@@ -110,6 +113,20 @@ def test_replay_works_through_the_compiled_step_too(lm, args):
     assert found["compiled_difference"] < 1e-4 and found["compiled_same"] == 1
 
 
+def test_padding_leaves_few_shapes(lm, args):
+    """Of the passes that are never compiled. Padded they have powers of two of tokens and choices,
+    and all slots; without padding nearly every answer brings new ones."""
+    records = bench.to_replay(corpus(35, split="val"), lm)
+    lm.model.owner = None
+    bench.warm_up(lm, max(r["row_tokens"] for r in records) + 1, args)
+    assert bench.count_shapes(lm, records, args, padded=False) > 25
+    assert 2 <= bench.count_shapes(lm, records, args, padded=True) <= 12
+    block = Block([Branch([1], [2]), Branch([3], [4])])
+    record = {"ids": [[5], block, [6], block], "prompt": "p", "budget": 500}
+    shapes = [bench.count_shapes(lm, [record] * 3, args, padded) for padded in (False, True)]
+    assert shapes == [3, 2], "a prefill, and two blocks alike but for their place in the cache"
+
+
 def test_replay_of_a_file(tmp_path, capsys):
     records = corpus(10, split="val")
     path = write_records(tmp_path / "answers.jsonl", records)
@@ -131,6 +148,7 @@ def test_replay_of_a_file(tmp_path, capsys):
     assert everything["speedup"] == pytest.approx(speedup)
     assert everything["realised"] == pytest.approx(speedup / everything["ideal"])
     assert summary["uncut"] == everything and summary["memory_gb"] > 0
+    assert summary["shapes"] >= summary["shapes_padded"] > 0
 
 
 # ---- figures ----------------------------------------------------------------
@@ -194,7 +212,78 @@ def test_texts_that_repeat_each_other():
     assert not bench.alike([green, "sleep eight hours in a dark room", "", ""])
 
 
+# ---- extraction -------------------------------------------------------------
+
+def test_the_figures_of_the_paper_by_hand():
+    """PPD over all answers, ABN over blocks, APD and APE over parallel answers."""
+    # Of 20 tokens, 3 of titles; of 7 tokens, 3 of titles.
+    block = Block([Branch([1, 1], [2] * 8), Branch([1], [2] * 9)])
+    three = Block([Branch([1], [2]), Branch([1], [2]), Branch([1], [2, 2])])
+    answers = [[[5] * 10], [[5] * 20, block], [three, [5] * 3, three]]
+    speedups = [len(plain(ids)) / steps(ids) for ids in answers]
+    assert bench.paper_figures(answers) == pytest.approx({
+        "answers": 3, "PPD": 2 / 3, "ABN": (2 + 3 + 3) / 3, "APD": (20 / 40 + 14 / 17) / 2,
+        "APE": (17 / 20 + 8 / 14) / 2, "speedup": sum(speedups) / 3, "best": max(speedups)})
+
+
+def test_the_figures_of_the_paper_do_not_depend_on_order_or_number():
+    """The same answers a hundred times have the same figures; of nothing, they are zeros, and a
+    model may end at once, with no tokens in no steps."""
+    parallel = [[5], Block([Branch([1], [0] * 40), Branch([2], [0] * 50)])]
+    serial = [[1, 2, 3]]
+    few = bench.paper_figures([serial, parallel, serial])
+    many = bench.paper_figures([parallel, serial, serial] * 100)
+    assert many == pytest.approx(few | {"answers": 300})
+    assert few["best"] == len(plain(parallel)) / steps(parallel)
+    assert not any(bench.paper_figures([]).values())
+    empty = bench.paper_figures([[]])
+    assert empty["answers"] == 1 and empty["speedup"] == empty["PPD"] == 0
+
+
+def test_what_is_parallel_in_a_file(tmp_path, capsys, lm):
+    """By category and over all, in the tokens of a checkpoint or of the file itself; and why the
+    rest was refused."""
+    records = corpus(14)
+    path = write_records(tmp_path / "answers.jsonl", records)
+    for folder in (tmp_path / "none", save_tiny(tmp_path / "out", lm)):
+        bench.main(["--extract", str(path), "--ckpt", str(folder), "--device", "cpu"])
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in ("PPD", "ABN", "APD", "APE", "speedup", "best"))
+        out = run(tmp_path, capsys, "--extract", path, "--ckpt", folder)
+        summary = out["summary"]
+        assert ("learnt" in summary["counted_in"]) == (folder.name == "none")
+        assert set(summary["kinds"]) == {r["category"] for r in records}
+        assert summary["all"]["answers"] == len(out["results"]) == 14
+        assert summary["kinds"]["prose"]["PPD"] == 0 < summary["kinds"]["numbered"]["PPD"]
+        parallel = [r for r in out["results"] if r["blocks"]]
+        assert summary["all"]["PPD"] == len(parallel) / 14
+        widths = [n for r in parallel for n in r["blocks"]]
+        assert summary["all"]["ABN"] == pytest.approx(sum(widths) / len(widths))
+        assert summary["all"]["best"] == max(r["tokens"] / r["steps"] for r in parallel)
+        assert summary["refused"] and sum(summary["refused"].values()) > 0
+        assert all(reason in printed for reason in summary["refused"])
+    tokens = sum(len(lm.tokenizer.encode(r["response"])) for r in records)
+    assert sum(r["tokens"] for r in out["results"]) >= tokens, "pieces are encoded apart"
+
+
 # ---- the command line -------------------------------------------------------
+
+def test_a_shape_takes_the_tokenizer_of_a_checkpoint(tmp_path, lm):
+    """Its tags too, if it has them; else they come after all other ids. A checkpoint without tags
+    gets rows for them."""
+    untagged = Tokenizer(**lm.tokenizer.settings | {"tags": None})
+    for tokenizer in (lm.tokenizer, untagged):
+        out_dir = save_tiny(tmp_path / "out", LM(lm.model, tokenizer))
+        argv = ["--shape", "tiny", "--tokenizer", str(out_dir), "--device", "cpu"]
+        _, found = bench.get_model(bench.parse_args(argv), [])
+        assert found.settings == lm.tokenizer.settings
+    argv = ["--ckpt", str(out_dir), "--device", "cpu"]
+    model, found = bench.get_model(bench.parse_args(argv), [])
+    rows = lm.model.config.vocab_size
+    assert found.tags == tuple(range(rows, rows + 6))
+    assert len(model.model.embed_tokens.weight) == model.config.vocab_size >= rows + 6
+    assert all(p.requires_grad for p in model.parameters()), "no LM has frozen it"
+
 
 def test_prompts_and_corpus_of_a_checkpoint_that_guesses(tmp_path, capsys, lm):
     out_dir = save_tiny(tmp_path / "out", lm)
@@ -212,6 +301,31 @@ def test_prompts_and_corpus_of_a_checkpoint_that_guesses(tmp_path, capsys, lm):
     out = run(tmp_path, capsys, "--prompts", path, *settings, "--limit", 2, "--baseline", out_dir)
     assert [r["category"] for r in out["results"]] == ["x", "x"]
     assert {"low", "high", "ttft", "cut_baseline", "repeats"} <= out["summary"]["all"].keys()
+
+
+def test_beside_the_transformers_library(tmp_path, capsys, monkeypatch, lm):
+    """Whose part our own decoding plays, of another checkpoint: so the texts are the same."""
+    out_dir = save_tiny(tmp_path / "out", lm)
+
+    class Theirs(torch.nn.Module):
+        def from_pretrained(folder, dtype):
+            assert (folder, dtype) == ("published", torch.float32)
+            return Theirs()
+
+        def generate(self, ids, max_new_tokens, **options):
+            prompt = lm.tokenizer.decode(ids[0].tolist())[len("User: "):-len("\nAssistant:\n")]
+            answer = generate(lm, prompt, "serial", max_new_tokens=max_new_tokens)
+            return torch.cat([ids, torch.tensor([plain(answer.segments)])], dim=1)
+
+    library = SimpleNamespace(AutoModelForCausalLM=Theirs)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": "Who?"}, {"prompt": "And why?"}])
+    argv = ["--transformers", path, "--ckpt", out_dir, "--max-new-tokens", 20]
+    with pytest.raises(ValueError, match="add --published"):
+        run(tmp_path, capsys, *argv)
+    out = run(tmp_path, capsys, *argv, "--published", "published")
+    assert out["summary"]["same_text"] == 1 and out["summary"]["ratio"] > 0
+    assert [r["prompt"] for r in out["results"]] == ["Who?", "And why?"]
 
 
 def test_steps(tmp_path, capsys):
@@ -293,3 +407,8 @@ def test_what_it_refuses(tmp_path):
         bench.main(["--train", "--dtype", "float64", "--device", "cpu"])
     with pytest.raises(ValueError, match="--contexts must be 16 to"):
         bench.main(["--step", "--shape", "tiny", "--contexts", "8", "--device", "cpu"])
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": "Who?"}, {"prompt": " "}])
+    with pytest.raises(ValueError, match="no prompt in the record"):
+        bench.main(["--prompts", str(path), "--device", "cpu"])
+    with pytest.raises(IsADirectoryError):
+        bench.main(["--step", "--json", str(tmp_path), "--device", "cpu"])

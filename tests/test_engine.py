@@ -16,7 +16,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import decode
@@ -363,7 +362,7 @@ def test_cached_parallel_decoding_equals_one_masked_forward(positions, dtype):
 def test_blocks_of_many_branches_one_far_longer_equal_one_masked_forward(positions, branches):
     """A given answer, whatever the weights would write: two blocks, and one with nothing before
     it."""
-    ids = random_ids(branches, branches=branches)
+    ids = random_ids(branches, branches=branches, long=30)
     ids.append(next(segment for segment in ids if isinstance(segment, Block)))
     lm = record(told(ids, random_lm(positions=positions, block_size=24000)))
     answer = generate(lm, "two tips", max_new_tokens=11000)
@@ -597,9 +596,9 @@ def test_forced_tokens(wish, block):
     check_against_one_forward(lm, "p", answer, 1e-10)
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "branchwise"])
+@pytest.mark.parametrize("mode,positions", [("adaptive", "aspd"), ("branchwise", "longest")])
 @pytest.mark.parametrize("end", [EOS, ALSO_ENDS])
-def test_end_of_text_in_a_branch_ends_that_branch_alone(mode, end):
+def test_end_of_text_in_a_branch_ends_that_branch_alone(mode, positions, end):
     """Whichever id ends a text: fed there is <|/branch|>, and the answer goes on after the
     block."""
     def write(*tokens):
@@ -608,7 +607,8 @@ def test_end_of_text_in_a_branch_ends_that_branch_alone(mode, end):
     wish = ENDLESS | dict(serial=iter([TAGS.title, X, end]), title=TAGS.title_end,
                           after=iter([TAGS.title, TAGS.title, TAGS.para]),
                           branch=(write(end), write(Z, Z, Z), write(Z, end)))
-    lm = record(puppet(random_lm(tokenizer=TWO_ENDS), by_state(**wish), thinks=True))
+    lm = random_lm(tokenizer=TWO_ENDS, positions=positions)
+    lm = record(puppet(lm, by_state(**wish), thinks=True))
     answer = generate(lm, "p", mode)
     branches = [Branch([Y], []), Branch([Y], [Z, Z, Z]), Branch([Y], [Z])]
     assert answer.segments == [branches, [X]] and answer.finish == "stop"
@@ -1014,6 +1014,7 @@ class Pair:
         likes = dict(title=3.0, para=2.0, title_end=2.5, branch_end=1.0)
         self.eager = like(random_lm(**shape), **likes)
         self.compiled = record(like(random_lm(compile=True, **shape), **likes))
+        from torch._inductor.utils import run_and_get_code  # which takes a while
         steps = (self.compiled.step, self.compiled.compiled_step)
         lengths = [2] * 8 + [4] * 4 + [6] * 2 + [8] + [10]
         block = Block(Branch([Y], [Z] * n) for n in lengths)

@@ -10,7 +10,7 @@ import torch
 
 import aspd
 import figures
-from aspd import Block, Branch, branch_mask, join, stats, tokenize
+from aspd import Block, Branch, branch_mask, join, steps, tokenize
 from decode import generate
 from helpers import TOKENIZER, fails, save_tiny, tiny_model
 from script import script
@@ -71,7 +71,7 @@ def test_the_row_is_that_of_aspd_and_its_cells_are_the_mask(capsys):
 
 def test_the_race_has_a_frame_a_pass_and_every_token_in_its_own(race):
     picture, passes = race
-    assert len(passes["adaptive"]) == 1 + stats(tokenize(SEGMENTS, TOKENIZER.encode)).steps
+    assert len(passes["adaptive"]) == 1 + steps(tokenize(SEGMENTS, TOKENIZER.encode))
     frames = [e.get("class").split()[1] for e in elements(picture, "frame")]
     assert frames == [f"af{k}" for k in range(len(passes["serial"]))] + [f"bf{k}" for k in range(len(passes["adaptive"]))]
     rules = re.findall(r"@keyframes (\w+){.*?(\d+\.\d+)%", picture)
