@@ -32,10 +32,10 @@ import torch
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
 # How far serial text goes on behind the start of a block's branches: by the sum of their lengths,
 # as if they had been written one after the other, or by the longest. Either way no token shares a
-# position with one that it sees, and no position exceeds the number of row tokens before it. So n
-# row tokens need n positions at most.
+# position with one that it sees, and no token's position exceeds its place in the row. So a context
+# of n row tokens is one of n positions, too.
 POSITIONS = {"aspd": sum, "longest": max}
-MAX_BRANCHES = 16  # branches of a block at most, and so tokens fed in one parallel step
+MAX_BRANCHES = 16  # branches of a block at most, and so tokens in a pass that feeds one of each
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
@@ -77,8 +77,9 @@ def plain(segments):
 
 
 def tokenize(segments, encode):
-    """Segments of text -> of ids. encode: str -> list. Every piece is encoded apart, so that
-    training sees exactly the tokens that decoding feeds: a branch repeats those of its title."""
+    """Segments of text -> of ids. encode: str -> list. Every piece is encoded apart. Otherwise a
+    token could straddle a title and its rest, and the branch, which repeats its title, would have
+    other tokens than decoding feeds."""
     ids = []
     for segment in segments:
         if isinstance(segment, Block):
@@ -91,8 +92,8 @@ def tokenize(segments, encode):
 # ---- the layout: a row for training; the engine builds the same, token by token ----
 
 class Row(NamedTuple):
-    """A prompt and its answer, laid out: five int64 tensors of shape (T,). T counts the row tokens,
-    which are all that is fed, tags and repeated titles included."""
+    """A prompt and its answer, laid out: five int64 tensors of shape (T,). The T row tokens are all
+    that is ever fed, tags and repeated titles included."""
     token: torch.Tensor
     block: torch.Tensor     # 0 where serial, else 1, 2, ... in the order of the blocks
     branch: torch.Tensor    # 0 where serial, else 1, 2, ... within the block
@@ -104,8 +105,8 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     """Lays an answer out behind its prompt (sections 3.2 and 3.3) -> Row.
 
     A token is either chosen by the model or forced, that is fed by the engine without asking it.
-    Forced are the prompt, the second <|title|>, <|branch|>, repeated titles and <|/para|>. Only
-    chosen tokens are targets.
+    Always forced are the prompt, the second <|title|>, <|branch|>, repeated titles and <|/para|>.
+    Only the others are targets.
     prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row. tags: a
     Tags, needed for blocks. positions: one of POSITIONS.
     """
@@ -143,7 +144,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
     columns = (token, block, branch, position, target)
-    return Row(*[torch.tensor(column, device="cpu") for column in columns])
+    return Row(*[torch.tensor(column, device="cpu") for column in columns])  # whatever the default
 
 
 # ---- one rule, stated twice: who sees whom ----------------------------------
@@ -180,7 +181,7 @@ def steps(segments):
             continue
         n += sum(len(title) + 2 for title, _ in segment)  # serial: every title, between its tags
         n += 1  # <|para|> and all prefixes (<|branch|> + title); it chooses the first tokens
-        n += max(len(rest) for _, rest in segment)  # a token of every branch, to the longest's last
+        n += max(len(rest) for _, rest in segment)  # one a token, until the longest has all of its
         n += 1  # the <|/branch|> of the longest
         n += 1  # <|/para|>
     return n
@@ -226,7 +227,7 @@ def naming(where):
     try:
         yield
     except Exception as e:
-        reason = f"no {e}" if isinstance(e, KeyError) else str(e)  # whose text is only the key
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e)  # a KeyError's is only the key
         raise BadInput(" ".join(f"{where}: {reason:.300}".split())) from None
 
 

@@ -34,7 +34,8 @@ from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Branch, Tags, branch_ma
 NUMBER = r"(?:\d{1,9}|[IVX]{1,5})[.)](?!\d)"  # "3.", "12)", "IV."; not "1.5"
 LEVELS = [re.compile(pattern, re.M) for pattern in [
     # What opens a part, the outermost level first. A pattern sees a line and the line below it.
-    r"#[ \t]+\S.*$\s*\Z",  # "# Body", if a blank line is below; "# Load it" above code is none
+    # "# Body", if the line below is blank: the text that is seen ends there. Above code it is none.
+    r"#[ \t]+\S.*$\s*\Z",
     *["#" * n + r"[ \t]+\S" for n in range(2, 7)],                 # "## Body", "### Body", ...
     r"\w.*\n---+[ \t\r]*$",                                       # "Body" above "----"
     r"\*\*[^*\s][^*\n]*\*\*[:：]?[ \t\r]*$",                       # "**Body**" alone on its line
@@ -45,7 +46,8 @@ LEVELS = [re.compile(pattern, re.M) for pattern in [
 ]]
 ITEM = len(LEVELS) - 2  # the first level of list items; all further out are called headings below
 OPAQUE = [(re.compile(opening), closing) for opening, closing in [
-    # What is never cut: how its first line begins, unless it ends on that line, and what ends it.
+    # What is never cut: how its first line begins, and what ends it. An opening does not match
+    # where the end stands on the same line.
     (r"\s*`{3,}[^`]*$", r"^\s*`{3,}\s*$"),          # code
     (r"\s*<pre(?!.*</pre>)", r"</pre>"),
     (r"\s*#\+begin_", r"#\+end_"),                  # code in Org mode
@@ -82,7 +84,7 @@ def bare(text):
 def hide_opaque(lines):
     """The lines, but "" for each line of an opaque region below its first one. A region that
     nothing ends lasts to the end of the text."""
-    # If reasoning ends in this text, the text begins with it, even if <think> was in the prompt.
+    # All up to </think> is reasoning, even if its <think> was in the prompt.
     closing = "</think>" if any("</think>" in line for line in lines) else None
     shown = []
     for line in lines:
@@ -107,8 +109,8 @@ def read_mark(line, below):
 
 
 def paragraphs(marks, start, end):
-    """The lines where the paragraphs of a part start: the text below a blank line."""
-    text = (Mark("text"), Mark("conclusion"))
+    """The lines where the paragraphs of a part start: text below a blank line."""
+    text = (Mark("text"), Mark("conclusion"))  # not those of a part, which have another rank
     return [k for k in range(start + 1, end) if marks[k - 1].what == "blank" and marks[k] in text]
 
 
@@ -116,7 +118,8 @@ def part_end(marks, start, most):
     """The line behind the part that opens at line `start`. most: how many paragraphs it may have.
 
     A part ends where one of its level, or of a level further out, opens. It ends before that where
-    a paragraph is not its own: "- Walk daily. / - Sleep well. / Good luck!" has two short items.
+    it would have too many paragraphs: "- Walk daily.\\n- Sleep well.\\n\\nGood luck!" has two items
+    without a paragraph, so "Good luck!" is not the second one's.
     """
     end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
     if marks[end] == marks[start] and marks[start].rank[1] < ITEM:
@@ -131,7 +134,8 @@ def find_run(marks, first):
     """The run of siblings that opens at a line: the lines where its parts start, and the line
     behind the last one."""
     run = [first, part_end(marks, first, math.inf)]
-    # A part has no more paragraphs than the first one, but one is always allowed below a heading.
+    # A guess that is nearly always right: no part has more paragraphs than the first one. Below a
+    # heading one is always allowed.
     most = max(len(paragraphs(marks, *run)), int(marks[first].rank[1] < ITEM))
     while marks[run[-1]] == marks[first]:
         run.append(part_end(marks, run[-1], most))
@@ -153,12 +157,13 @@ def make_titles(parts):
     """
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # few titles then exceed decode.TITLE_CAP
+        line = part[:80].split("\n")[0].rstrip()  # few titles then have over 32 tokens, the cap
         words = list(TOKEN_LIKE.finditer(line, MARKER.match(line).end()))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
     count = Counter(bare(opening).lower() for some in openings for opening in some)
     titles = []
     for candidates in openings:
+        # How many openings end within the label; all of them, if there is none.
         label_words = sum(not LABEL_END.search(bare(opening)) for opening in candidates)
         if 0 < label_words <= LABEL_WORDS:
             candidates = candidates[label_words - 1:]
@@ -184,11 +189,13 @@ def make_block(parts, titles):
 POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to step 1" names it
     r"\A(?:However|Thus|Then|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
     r"|[a-z,(] [Ss]teps? \d|\bprevious step")
-# A numbered order without a name: "1. Preheat the oven.", but not "1. Heat the oven: ...".
-ORDER = re.compile(rf"\s*{NUMBER} +[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: )")
+# A numbered instruction without a label: "1. Preheat the oven.", not "1. Heat the oven: ...".
+INSTRUCTION = re.compile(
+    rf"\s*{NUMBER} +[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: )")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
 # "Pour the egg mixture into the pan."
 LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:the (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,])")
+MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
 RESULT = rf"[=≈] *\$?({VALUE})\b(?! *[-+*/])"        # "= 42", not "= 42 + 1"
@@ -208,9 +215,9 @@ def take_turns(texts):
 
 
 def refusal(parts, titles, block):
-    """Why the parts must not become this block; None if their words do not tell."""
-    ids = tokenize([block], TOKEN_LIKE.findall)
-    if len(plain(ids)) - steps(ids) < 6:  # so little is not worth a block
+    """Why the parts must not become this block; None if nothing in their wording is against it."""
+    words = tokenize([block], TOKEN_LIKE.findall)  # in place of tokens
+    if len(plain(words)) - steps(words) < MIN_SAVED:
         return "saves too few steps"
     if len(set(map(bare, titles))) < len(titles):
         return "titles are not distinct"
@@ -219,9 +226,9 @@ def refusal(parts, titles, block):
         return "points at a sibling"
     if take_turns(texts):
         return "is a dialogue"
-    orders = [part for part in parts if ORDER.match(part)]
-    if 2 * len(orders) >= len(parts) or any(LEFT.match(part) for part in parts):
-        return "is a chain of orders"
+    instructions = [part for part in parts if INSTRUCTION.match(part)]
+    if 2 * len(instructions) >= len(parts) or any(LEFT.match(part) for part in parts):
+        return "is a chain of instructions"
     return None
 
 
@@ -267,7 +274,7 @@ def extract(text, prompt=""):
         if reason:
             refusals.append((reason, bounds[0], bounds[-1]))
             for line in run[:-1]:
-                marks[line] = END  # it still ends the part that it stands in
+                marks[line] = END  # it opens no part any more, but still bounds those inside
         else:
             segments += [text[done:bounds[0]], block]
             done = bounds[0] + len(join([block]))
@@ -343,7 +350,7 @@ LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
            '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "chatgpt", "model")
-MARKS = ("weight", "loss", "train", "label", "kto_tag")  # 0 or false: not to be learnt
+FLAGS = ("weight", "loss", "train", "label", "kto_tag")  # 0 or false: not to be learnt
 
 
 def read_objects(path):
@@ -361,9 +368,10 @@ def read_objects(path):
 
 
 def is_to_learn(fields):
-    """Of a record or a turn: no, if it is marked so, is no final answer, or has its past apart."""
+    """Of a record or a turn. No, if a flag says so, if it is not a final answer ("channel"), or if
+    it has earlier turns in a field of their own, which we do not read ("history")."""
     is_final = fields.get("channel", "final") == "final" and not fields.get("history")
-    return is_final and 0 not in [fields.get(mark, 1) for mark in MARKS]
+    return is_final and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 
 
 def read_turns(record):
@@ -378,14 +386,14 @@ def read_turns(record):
     for turn in record.get("conversations") or record.get("messages") or []:
         role = str(turn.get("from") or turn.get("role")).strip().lower()
         if role in ASSISTANTS and not is_to_learn(turn):
-            role += " (not to be learnt)"
+            role += " (not to be learnt)"  # so it is nobody's that we know, and is counted
         turns.append((role, turn.get("value") or turn.get("content")))
     return turns
 
 
 def read_answers(record, left_out):
-    """Yields (prompt, answer) for every answer that follows a user's turn. Counts in left_out, by
-    reason, what yields none."""
+    """Yields (prompt, answer) for every answer that follows a user's turn. The prompt is that turn
+    alone, not what was said before. Counts in left_out, by reason, what yields none."""
     turns = read_turns(record) if is_to_learn(record) else []
     prompt = ""
     for role, text in turns:
@@ -493,8 +501,9 @@ class Tokenizer:
 
 
 def learn_tokenizer(texts, vocab_size=2048):
-    """A Tokenizer without tags of the 256 bytes and the commonest words of the first 4,000 texts.
-    tiktoken looks a whole word up before it joins bytes."""
+    """A Tokenizer without tags, of the 256 bytes and the commonest words of the first 4,000 texts.
+    No merges are learnt: tiktoken finds a known word whole, and another falls into bytes, or into
+    shorter words."""
     texts = itertools.islice(texts, 4000)
     counts = Counter(itertools.chain.from_iterable(re.findall(PATTERN, text) for text in texts))
     words = [word.encode("utf-8", "replace") for word, _ in counts.most_common(vocab_size - 256)]
@@ -526,7 +535,7 @@ Wolves|40|8|in cold hills and snowy forests|deer, hares and now and then a sheep
 """.splitlines()]
 SIZE = "{0} weigh about {1} kg and can live for about {2} years in the wild."
 LIFE = "{0} live {3}, where they eat {4}."
-FORMS = {  # what a prompt calls it; how it opens; how each thing is told
+FORMS = {  # what a prompt calls it; how it opens; how each thing is told, for draw() to fill in
     "numbered": ("a numbered list of", "One by one:\n\n", f"{{i}}. **{{0}}**: {SIZE} {LIFE}\n"),
     "bulleted": ("bullet points on", "Facts:\n\n", f"- **{{0}}**: {SIZE} {LIFE}\n"),
     "headed": ("a guide to", "A short guide:\n\n", f"### {{0}}\n\n{SIZE} {LIFE}\n\n"),

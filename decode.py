@@ -3,9 +3,10 @@
     prefill -> serial text -> titles -> prefixes -> branches side by side -> serial text -> ...
                ^ a token a pass         ^ one pass  ^ a token of each a pass
 
-The model decides when: it opens a block by choosing <|title|>. The n-th token fed takes slot n of
-the cache, and is fed exactly once. While a block is written, owner[slot] says which branch a slot
-belongs to; when it ends, its slots become everybody's. Nothing is moved, copied or computed again.
+The model decides when: it announces a block by choosing <|title|>. The n-th token fed takes slot n
+of the cache, and is fed exactly once. While a block is written, owner[slot] says which branch a
+slot belongs to; when it ends, its slots become everybody's. Nothing is moved, copied or computed
+again.
 
     python decode.py --prompt "Write a guide to bears and goats."
     >>> generate(load("out"), "Write a guide to bears and goats.").text
@@ -37,14 +38,14 @@ NUCLEUS = 4096  # top-p without top-k looks at so many of the best tokens
 TEXT_ONLY = 0    # in serial text, without room for a block
 SERIAL = 1       # in serial text, with room for one
 TITLE_START = 2  # before the first token of a title
-TITLE = 3        # before the others
+TITLE = 3        # before a further one, or its end
 AFTER_TITLE = 4  # after <|/title|>
 BRANCH = 5       # in a branch
 
 
 def grammar(tokenizer, vocab_size):
-    """(6, V) bool: the ids allowed in each of the six states, of V ids. Those without a token are
-    allowed nowhere."""
+    """(6, V) bool: which of the V ids are allowed in each of the six states. Those that only pad
+    the vocabulary are allowed nowhere."""
     text = list(tokenizer.bytes)
     stop = list(tokenizer.stop)
     tags = tokenizer.tags
@@ -64,34 +65,34 @@ class Sampling(NamedTuple):
     for every other number."""
     temperature: torch.Tensor
     top_p: torch.Tensor
-    best: int  # look at so many tokens, the best ones; 1 is greedy, 0 takes all
+    n_best: int  # look at so many tokens, the best ones; 1 is greedy, 0 takes all
 
 
 def make_sampling(temperature, top_k, top_p, device):
     """The settings of generate() -> Sampling."""
-    best = top_k or (NUCLEUS if top_p < 1 else 0)
+    n_best = top_k or (NUCLEUS if top_p < 1 else 0)
     if temperature == 0 or top_p == 0:
-        best = 1
+        n_best = 1
     numbers = torch.tensor([max(temperature, 1e-6), top_p], dtype=torch.float32, device=device)
-    return Sampling(*numbers, best)
+    return Sampling(*numbers, n_best)
 
 
 def sample(logits, u, sampling):
     """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each."""
-    if sampling.best == 1:
+    if sampling.n_best == 1:
         return logits.argmax(-1)
-    if sampling.best:
-        logits, ids = logits.topk(min(sampling.best, logits.size(-1)))  # in order, the best first
-    best = logits.amax(-1, keepdim=True)
-    p = ((logits - best) / sampling.temperature).softmax(-1)  # the best is 0: no overflow
-    if sampling.best:
+    if sampling.n_best:
+        logits, ids = logits.topk(min(sampling.n_best, logits.size(-1)))  # the best first
+    highest = logits.amax(-1, keepdim=True)
+    p = ((logits - highest) / sampling.temperature).softmax(-1)  # e to the 0 at most: no overflow
+    if sampling.n_best:
         # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
         # each are 0, 0.6, 0.9: the third goes.
         p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
     # The distribution is inverted at u, so that what a branch draws does not depend on the others.
     cdf = p.cumsum(-1)
     chosen = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    if sampling.best:
+    if sampling.n_best:
         chosen = ids.gather(-1, chosen)
     return chosen[:, 0]
 
@@ -156,7 +157,7 @@ class Answer:
     seconds: float  # wall-clock, prefill included
     ttft: float     # seconds to the first token
     blocks: list    # of each block, how many tokens each branch has, tags aside
-    finish: str     # "stop", or "length": the budget or the context cut text, a branch or a block
+    finish: str     # "stop", or "length": the budget or the context cut something
     segments: list  # ids and Blocks of ids
 
 
@@ -178,20 +179,15 @@ def has_room(left, block):
     return len(longer) <= MAX_BRANCHES and quota(left, longer) >= MIN_BRANCH
 
 
-def power_of_two(n):
-    """The next power of two, n itself included."""
-    return 1 << (n - 1).bit_length()
-
-
 @dataclass
 class Lane:
     """A branch that is being written. What it feeds next is first its prefix, then one token a
     pass, then <|/branch|>, and at last nothing."""
     number: int    # 1, 2, ... within its block
-    rest: list     # the tokens after its title: the list of the Branch itself, which so grows
+    rest: list     # the tokens after its title; the same list object as its Branch's
     position: int  # of the first token to feed next
     next: list     # tokens to feed next
-    is_closed: bool = False  # is <|/branch|> among them, or fed?
+    is_closed: bool = False  # is <|/branch|> in next, or has it been fed?
 
 
 class Engine:
@@ -204,7 +200,7 @@ class Engine:
         self.left = left  # how many row tokens may still be fed, the prompt included
         self.sampling = sampling
         self.watch = watch
-        # The last slot is never used by a token of the row: it is for the padding of feed().
+        # The last slot is never used by a token of the row: it is for pad().
         lm.model.setup_cache(power_of_two(max(left + 1, 256)))
         draw = torch.Generator().manual_seed(seed % 2**63)
         # A random number for every [position, branch]; positions stay below `left`, see POSITIONS.
@@ -217,8 +213,8 @@ class Engine:
         self.cut = False   # has the budget or the context cut anything?
 
     def feed(self, triples, pick, state):
-        """One pass: feeds (token, position, branch) triples at the next slots -> the tokens chosen,
-        in a state of the grammar, after those at the indices `pick`, a list."""
+        """Feeds (token, position, branch) triples at the next slots, in one pass. Returns the
+        tokens chosen after those at the indices `pick`, a list, in a state of the grammar."""
         lm = self.lm
         n = len(pick)
         fed = [(*triple, slot) for slot, triple in enumerate(triples, start=self.slot)]
@@ -226,13 +222,11 @@ class Engine:
         self.steps += 1
         step = lm.step
         n_slots = self.slot
-        if lm.compiled_step:  # few shapes: all slots, and tokens and choices to powers of two
+        if lm.compiled_step:
             if n == len(fed):  # not the prompt or prefixes: they have too many shapes to compile
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
-            # In the last slot, as tokens of a branch that there is not, so nobody sees them.
-            fed += [(0, 0, -1, n_slots - 1)] * (power_of_two(len(fed)) - len(fed))
-            pick = pick + [len(fed) - 1] * (power_of_two(n) - n)
+            fed, pick = pad(fed, pick, n_slots - 1)
         fed = torch.tensor(fed, device="cpu").t()                            # (4, T)
         choose = torch.tensor([(i, state) for i in pick], device="cpu").t()  # (2, N)
         _, position, branch, _ = fed[:, choose[0]]  # where a token is chosen
@@ -283,7 +277,7 @@ class Engine:
                 title.append(token)
                 token = self.serial([token], TITLE)
             token = self.serial([self.tags.title_end], AFTER_TITLE)
-        # The model may want one more branch: without room for it that is a cut.
+        # The model may want one more branch. It is a cut if there is no room in the budget.
         self.cut |= token == self.tags.title and len(block) < MAX_BRANCHES
         self.branches(block)
         self.segments.append([])
@@ -330,8 +324,22 @@ class Engine:
                 lane.next = [token]
 
 
+# ---- for speed alone --------------------------------------------------------
+
+def power_of_two(n):
+    """The next power of two, n itself included."""
+    return 1 << (n - 1).bit_length()
+
+
+def pad(fed, pick, last_slot):
+    """Fills Engine.feed()'s tokens and choices up to powers of two, so that few shapes occur. The
+    padding is written to the last slot, as tokens of a branch that there is not: nobody sees it."""
+    fed = fed + [(0, 0, -1, last_slot)] * (power_of_two(len(fed)) - len(fed))
+    return fed, pick + [len(fed) - 1] * (power_of_two(len(pick)) - len(pick))
+
+
 def compile_step(lm):
-    """forward_pass, compiled by torch.compile for few static shapes. All here is for speed."""
+    """forward_pass, compiled by torch.compile for few static shapes."""
     torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
     torch._dynamo.mark_static_address(lm.allow)  # CUDA graphs need not copy it
     # On a CPU oneDNN packs frozen weights once for all widths; in float32 it does not pay.
@@ -410,7 +418,8 @@ class View:
         text = decode(plain(done)).rstrip("\ufffd")  # half a character
         columns, rows = shutil.get_terminal_size()
         lines = []
-        # The cursor goes up by lines, not into one, and no farther than the window.
+        # Only below a finished line, for the cursor can go back by whole lines, within the window;
+        # and only where there is room for a few characters.
         if text[-1:] in ("", "\n") and columns > 7 and rows > 2:
             lines = [branch_line(*map(decode, branch), columns) for branch in block[:rows - 2]]
         self.write(text, lines)
@@ -461,7 +470,7 @@ def main():
     for record in records:
         prompt_ids(lm, record.get("prompt"))  # a bad one is told now, not after the work
     if args.json:
-        open(args.json, "a").close()          # so is a file that cannot be written
+        open(args.json, "a").close()          # and so is a file that cannot be written
     results = []
     view = View()
     try:

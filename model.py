@@ -3,7 +3,7 @@
 RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied or untied head.
 Two things are unusual. Positions and mask are given explicitly, because sibling branches share
 their positions and do not see each other. And the KV cache is written at slots that the caller
-names: one forward pass serves prefill, prefixes and parallel steps; no counter hides in here.
+names: the same forward() serves a prompt, prefixes and steps of decoding; no counter hides in here.
 
 Shapes, here and in decode.py: B batch, T tokens fed, N of them after which a token is chosen, S
 slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
@@ -37,7 +37,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # True in Qwen2
     tied: bool = True             # the head shares the embedding's weights
-    positions: str = "aspd"       # of aspd.POSITIONS; used in decode.py, which must number alike
+    positions: str = "aspd"       # of aspd.POSITIONS: decoding must number as training did
 
 
 def rope(position, head_size, theta):
@@ -61,7 +61,7 @@ def attend(q, k, v, mask):
     (B, 1, T, S): 0 where seen, else -inf -> (B, nh, T, hs)."""
     B, nkv, S, hs = k.shape
     T = q.size(2)
-    if T > MAX_BRANCHES:  # training or a prompt: torch's kernel never holds all scores in memory
+    if T > MAX_BRANCHES:  # not a step of decoding: torch's kernel never holds all scores in memory
         groups = q.size(1) // nkv  # heads that share keys and values
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
@@ -70,22 +70,23 @@ def attend(q, k, v, mask):
     # queries that share keys are rows of one matrix, so that every key is read once.
     scores = q.reshape(B, nkv, -1, hs) @ k.transpose(-1, -2)     # (B, nkv, (nh/nkv) * T, S)
     scores = scores.view(B, nkv, -1, T, S) / math.sqrt(hs)       # (B, nkv, nh/nkv, T, S)
-    p = (scores + mask.unsqueeze(-3)).softmax(-1)                # here siblings are hidden
+    mask = mask.unsqueeze(-3)                                    # (1, T, S) or (B, 1, 1, T, S)
+    p = (scores + mask).softmax(-1)                              # here siblings are hidden
     return (p.view(B, nkv, -1, S) @ v).view(q.shape)
 
 
 def linear(x, weight, bias=None):
     """F.linear, or oneDNN's product with a weight that pack() has prepared."""
-    decoding = not weight.requires_grad and not torch.compiler.is_compiling()
-    if decoding and hasattr(weight, "packed"):
+    can_use_it = not weight.requires_grad and not torch.compiler.is_compiling()
+    if can_use_it and hasattr(weight, "packed"):
         return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def pack(model):
-    """Decoding in float32 on a CPU: lays out the matrices of a frozen model once as oneDNN wants
-    them. F.linear would do so at every call, and take half as long again for a few tokens. The
-    weights then take twice the memory."""
+    """For decoding in float32 on a CPU: lays out the matrices of a frozen model as oneDNN wants
+    them, once. F.linear does so at every call, which makes it up to 1.8 times as slow for a few
+    tokens. The weights then take twice the memory."""
     for weight in model.parameters():
         is_matrix = weight.dim() == 2 and weight.dtype == torch.float32 and weight.is_cpu
         if is_matrix and torch.backends.mkldnn.is_available():
@@ -180,8 +181,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def setup_cache(self, slots):
-        """A cache of at least so many slots, all shared, for one answer at a time. One of an earlier
-        answer is used again if large enough: nobody sees a slot before it is written."""
+        """A cache of at least so many slots, all shared, for one answer at a time. That of the
+        last answer is used again if large enough: nobody sees a slot before it is written."""
         weight = self.model.embed_tokens.weight
         if self.owner is None or len(self.owner) < slots:
             shape = (1, self.config.n_kv_head, slots, self.config.head_size)
@@ -191,16 +192,14 @@ class GPT(nn.Module):
             self.owner = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self.owner.zero_()
 
-    def forward(self, idx, position, mask=None, slot=None, pick=None):
-        """-> logits (B, T, V) or, of the tokens with the flat indices pick (N,), (N, V).
+    def forward(self, idx, position, mask, slot=None, pick=None):
+        """-> logits (B, T, V). With pick (N,), indices into the B * T tokens: only theirs, (N, V).
 
-        Without a cache: idx, position (B, T); mask (B, 1, T, T) bool, True = sees; None = causal.
+        Without a cache: idx, position (B, T); mask (B, 1, T, T) bool, True = sees.
         With setup_cache(): B = 1; slot (T,), where keys and values are written; mask (T, S) over
         the first S slots."""
         x = self.model.embed_tokens(idx)  # (B, T, C)
         cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
-        if mask is None:
-            mask = torch.ones(idx.size(1), idx.size(1), dtype=torch.bool, device=x.device).tril()
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)  # for attend()
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)

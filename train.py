@@ -34,7 +34,7 @@ from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, re
                    save_checkpoint)
 
 # Tag i of TAG_NAMES starts as the mean of the tokens of TAG_WORDS[i], in the embedding and in the
-# head. So at first it is about as likely as these words, which answers hardly ever have.
+# head. Answers hardly ever have these words, so a new tag starts out as improbable as they are.
 TAG_WORDS = [tag + end for tag in (" headline", " parallel", " branch") for end in ("", " closed")]
 LAUNCHED = "LOCAL_RANK" in os.environ  # by torchrun, which numbers and counts the processes
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
@@ -76,7 +76,6 @@ def parse_args():
     check(args.accumulate % WORLD == 0, f"--accumulate must be a multiple of the {WORLD} processes")
     check_device(args.device)
 
-
     start = None
     if args.resume:
         given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
@@ -100,13 +99,13 @@ def prepare(args, start):
     answer fits."""
     # 1) answers
     if args.data:
-        answers, held_out = split_held_out(read_records(args.data))
+        answers, others = split_held_out(read_records(args.data))
     else:
         answers = corpus()
-        held_out = corpus(200, split="val")
+        others = corpus(200, split="val")
     checksum = zlib.crc32(repr(answers).encode("utf-8", "replace"))
     check(not args.resume or args.checksum == checksum, "--resume: the answers are not the run's")
-    args.checksum = checksum
+    args.checksum = checksum  # so it will stand in the checkpoint
 
     # 2) the model, split over the processes
     torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
@@ -117,10 +116,10 @@ def prepare(args, start):
             fully_shard(part, mesh=mesh)
     model.to(args.device)  # only now: the whole model need not fit on one device
 
-    # 3) rows; a model to fine-tune keeps its context, though it is not trained on all of it
+    # 3) rows; --block-size only leaves out answers: a model to fine-tune keeps its own context
     config = replace(model.config, block_size=min(args.block_size, model.config.block_size))
     rows = make_rows(answers, tokenizer, config, args.mode)
-    held_out = make_rows(held_out, tokenizer, config, args.mode)
+    held_out = make_rows(others, tokenizer, config, args.mode)
     if args.no_branch_mask:  # all in one branch, so that branches see each other
         rows = [row._replace(branch=row.branch * 0) for row in rows]
     check(rows, f"none of {len(answers)} answers to train on fits {config.block_size} tokens")
@@ -177,7 +176,7 @@ def summed_loss(model, rows, args):
     """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T)
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
-    # As in collate, few shapes: token 0 again and again, whose target is then IGNORE.
+    # Few shapes, as in collate: pick is filled up with index 0, the targets with IGNORE.
     padding = (0, -len(pick) % 128)
     target = F.pad(target.flatten()[pick], padding, value=IGNORE)
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):

@@ -831,8 +831,10 @@ def training_steps(model, args):
 
     def bare(batch):
         idx, position, pick, target = batch
+        T = idx.size(1)
+        causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
         with torch.autocast(*autocast):
-            logits = model(idx, position, None, pick=pick)
+            logits = model(idx, position, causal, pick=pick)
         F.cross_entropy(logits.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()

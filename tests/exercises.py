@@ -118,7 +118,7 @@ Shorter titles. A title token is a serial step, but a branch that does not know 
     goes wrong. Change make_titles and LABEL_WORDS in data.py. Judge: the ideal speedup of `python
     data.py FILE`; then, trained anew, the facts in `python tests/bench.py --baseline out-serial`.
 
-Another language. The patterns that read words (CONCLUSION, POINTS, ORDER, LEFT, COUNTED) know
+Another language. The patterns that read words (CONCLUSION, POINTS, INSTRUCTION, LEFT, COUNTED) know
     English, and a little Chinese. Label the blocks of a hundred answers in yours, and write the
     patterns on one half. Judge: precision and recall on the other half.
 

@@ -258,7 +258,7 @@ REFUSED = {  # reason: answers
     "is a dialogue": [
         f"**Ann:** Did you {WALK}?\n\n**Ben:** No, I had to {REST}.\n\n**Ann:** And did you {FOOD}?\n",
         f"**Thought:** I {WALK}.\n\n**Action:** I {REST}.\n\n**Thought:** I {FOOD}.\n"],
-    "is a chain of orders": [
+    "is a chain of instructions": [
         f"1. Preheat the oven to 200 degrees, and {WALK}.\n2. In a large bowl, mix flour and eggs, and {REST}.\n"
         f"3. Add to the batter what is left, and {FOOD}.\n4. Bake until brown.\n",
         f"1. **Stir**: mix flour and eggs, and {WALK}.\n2. **Bake**: pour in the egg mixture, and {REST}.\n",
