@@ -57,10 +57,10 @@ def parse_args():
     add("--out-dir", default="out", metavar="DIR", help="where ckpt.pt goes")
     add("--positions", choices=POSITIONS, default="aspd", help="how text goes on after a block")
     add("--no-branch-mask", action="store_true", help="ablation: branches see each other")
-    add("--n-layer", type=int, default=3, help="from scratch: layers")
+    add("--n-layer", type=int, default=2, help="from scratch: layers")
     add("--n-head", type=int, default=4, help="from scratch: attention heads of 64 channels")
     add("--block-size", type=int, default=1024, help="longer answers are left out")
-    add("--steps", type=int, help="updates; none: two epochs")
+    add("--steps", type=int, help="updates; none: one epoch")
     add("--batch-size", type=int, default=4, help="answers in memory at once")
     add("--accumulate", type=int, default=WORLD, help="batches a step")
     add("--lr", type=float, help="highest learning rate; none: 1e-3 from scratch, else 1e-4")
@@ -123,7 +123,7 @@ def prepare(args, start):
     if args.no_branch_mask:  # all in one branch, so that branches see each other
         rows = [row._replace(branch=row.branch * 0) for row in rows]
     check(rows, f"none of {len(answers)} answers to train on fits {config.block_size} tokens")
-    args.steps = args.steps or math.ceil(2 * len(rows) / (args.batch_size * args.accumulate))
+    args.steps = args.steps or math.ceil(len(rows) / (args.batch_size * args.accumulate))
     n_tokens = sum(len(row.token) for row in rows)
     print(f"{len(rows)} answers of {n_tokens} tokens, {len(answers) - len(rows)} too long; "
           f"{args.steps} steps")

@@ -289,7 +289,7 @@ def test_a_handful_of_answers_trains(tmp_path, monkeypatch, capsys, prompts):
     said = capsys.readouterr().out
     assert said.startswith(f"{len(prompts) - held_out} answers of ") and ", 0 too long" in said
     assert ("over 1 answers" in said) == held_out
-    assert read_checkpoint(tmp_path)["step"] == math.ceil(2 * (len(prompts) - held_out) / 3)
+    assert read_checkpoint(tmp_path)["step"] == math.ceil((len(prompts) - held_out) / 3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
