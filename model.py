@@ -1,6 +1,7 @@
-"""A GPT in the shape of Llama and Qwen2, with modules named as theirs.
+"""A GPT in the shape of Llama, Qwen2 and Qwen3, with modules named as theirs.
 
-RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied or untied head.
+RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases and norms of queries and
+keys, tied or untied head.
 Two things are unusual. Positions and mask are given explicitly, because sibling branches share
 their positions and do not see each other. And the KV cache is written at slots that the caller
 names: the same forward() serves a prompt, prefixes and steps of decoding; no counter hides in here.
@@ -34,16 +35,23 @@ class GPTConfig:
     n_inner: int = 2048           # width of the SwiGLU layer
     head_size: int = 64
     rope_theta: float = 500000.0  # large, as in Llama 3: attention fades less with distance
+    rope_scaling: tuple = (1.0, 0.0, 1.0)  # factor, slow, fast: see rope(); 1.0 changes nothing
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # True in Qwen2
+    qk_norm: bool = False         # True in Qwen3
     tied: bool = True             # the head shares the embedding's weights
     positions: str = "aspd"       # of aspd.POSITIONS: decoding must number as training did
 
 
-def rope(position, head_size, theta):
-    """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each, float32."""
+def rope(position, head_size, theta, factor=1.0, slow=0.0, fast=1.0):
+    """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each, float32.
+
+    For a longer context, as in Llama 3: pairs of channels that turn by at most `slow` (radians a
+    position) are slowed down by `factor`; those of at least `fast` stay; between them is a ramp."""
     channel = torch.arange(0, head_size, 2, dtype=torch.float32, device=position.device)
     frequency = theta ** -(channel / head_size)          # (hs/2,)
+    ramp = ((frequency - slow) / (fast - slow)).clamp(0, 1)
+    frequency = torch.lerp(frequency / factor, frequency, ramp)
     angle = position[:, None, :, None] * frequency       # (B, 1, T, hs/2)
     angle = torch.cat((angle, angle), dim=-1)            # both halves of a head turn alike
     return angle.cos(), angle.sin()
@@ -110,6 +118,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, config.n_kv_head * hs, bias=bias)
         self.v_proj = Linear(C, config.n_kv_head * hs, bias=bias)
         self.o_proj = Linear(config.n_head * hs, C, bias=False)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity  # which ignores its arguments
+        self.q_norm = norm(hs, eps=config.norm_eps)
+        self.k_norm = norm(hs, eps=config.norm_eps)
         # Keys and values of one answer, (1, nkv, slots, hs): buffers that are written in place, as
         # a compiled step needs them.
         self.register_buffer("k_cache", None, persistent=False)
@@ -120,8 +131,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
         v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
         if slot is not None:
             self.k_cache[:, :, slot] = k
             self.v_cache[:, :, slot] = v
@@ -199,7 +210,8 @@ class GPT(nn.Module):
         With setup_cache(): B = 1; slot (T,), where keys and values are written; mask (T, S) over
         the first S slots."""
         x = self.model.embed_tokens(idx)  # (B, T, C)
-        cos, sin = rope(position, self.config.head_size, self.config.rope_theta)
+        c = self.config
+        cos, sin = rope(position, c.head_size, c.rope_theta, *c.rope_scaling)
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)  # for attend()
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)
