@@ -82,6 +82,7 @@ def parse_args():
         others = ", ".join(sorted(given - BESIDE_RESUME))
         check(not others, f"--resume goes on with the settings of its run, so not with {others}")
         start = read_checkpoint(args.out_dir)
+        check(start.get("args"), f"--resume: {args.out_dir} holds no run of train.py")
         now = {"out_dir": args.out_dir, "device": args.device, "resume": True}
         data = args.data or start["args"]["data"]
         args = argparse.Namespace(**start["args"] | now | {"data": data})
