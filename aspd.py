@@ -32,10 +32,10 @@ import torch
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
 # How far serial text goes on behind the start of a block's branches: by the sum of their lengths,
 # as if they had been written one after the other, or by the longest. Either way no token shares a
-# position with one that it sees, and no token's position exceeds its place in the row. So a context
-# of n row tokens is one of n positions, too.
+# position with one that it sees. And no position exceeds the token's index in the row, so a context
+# of n tokens never needs more than n positions.
 POSITIONS = {"aspd": sum, "longest": max}
-MAX_BRANCHES = 16  # branches of a block at most, and so tokens in a pass that feeds one of each
+MAX_BRANCHES = 16  # of a block at most; so many tokens has a pass that feeds one of every branch
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
@@ -144,7 +144,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
     columns = (token, block, branch, position, target)
-    return Row(*[torch.tensor(column, device="cpu") for column in columns])  # whatever the default
+    return Row(*[torch.tensor(column, device="cpu") for column in columns])
 
 
 # ---- one rule, stated twice: who sees whom ----------------------------------
@@ -181,7 +181,7 @@ def steps(segments):
             continue
         n += sum(len(title) + 2 for title, _ in segment)  # serial: every title, between its tags
         n += 1  # <|para|> and all prefixes (<|branch|> + title); it chooses the first tokens
-        n += max(len(rest) for _, rest in segment)  # one a token, until the longest has all of its
+        n += max(len(rest) for _, rest in segment)  # one for each token of the longest rest
         n += 1  # the <|/branch|> of the longest
         n += 1  # <|/para|>
     return n

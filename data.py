@@ -34,7 +34,8 @@ from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Branch, Tags, branch_ma
 NUMBER = r"(?:\d{1,9}|[IVX]{1,5})[.)](?!\d)"  # "3.", "12)", "IV."; not "1.5"
 LEVELS = [re.compile(pattern, re.M) for pattern in [
     # What opens a part, the outermost level first. A pattern sees a line and the line below it.
-    # "# Body", if the line below is blank: the text that is seen ends there. Above code it is none.
+    # "# Body" above a blank line: \Z is the end of the two lines. Right above a line of text "# x"
+    # is rather a comment in code without a fence.
     r"#[ \t]+\S.*$\s*\Z",
     *["#" * n + r"[ \t]+\S" for n in range(2, 7)],                 # "## Body", "### Body", ...
     r"\w.*\n---+[ \t\r]*$",                                       # "Body" above "----"
@@ -69,8 +70,9 @@ CONCLUSION = re.compile(
 
 class Mark(NamedTuple):
     """What a line is in the outline. Siblings have equal Marks."""
-    what: str            # part (opens one), conclusion, text, blank, end
-    rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: no part
+    what: str  # part (opens one), text, conclusion (of either kind: "## Summary", "Overall, ..."),
+    #            blank, end
+    rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: text
 
 
 END = Mark("end", ())  # further out than any part
@@ -82,9 +84,9 @@ def bare(text):
 
 
 def hide_opaque(lines):
-    """The lines, but "" for each line of an opaque region below its first one. A region that
-    nothing ends lasts to the end of the text."""
-    # All up to </think> is reasoning, even if its <think> was in the prompt.
+    """The lines, but "" for each line of an opaque region below the one that opens it. A region
+    that nothing ends lasts to the end of the text."""
+    # All up to </think> is reasoning: its <think> may stand in the prompt.
     closing = "</think>" if any("</think>" in line for line in lines) else None
     shown = []
     for line in lines:
@@ -115,7 +117,8 @@ def paragraphs(marks, start, end):
 
 
 def part_end(marks, start, most):
-    """The line behind the part that opens at line `start`. most: how many paragraphs it may have.
+    """The line behind the part that opens at line `start`. most: how many paragraphs it may have,
+    see find_run().
 
     A part ends where one of its level, or of a level further out, opens. It ends before that where
     it would have too many paragraphs: "- Walk daily.\\n- Sleep well.\\n\\nGood luck!" has two items
@@ -123,7 +126,7 @@ def part_end(marks, start, most):
     """
     end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
     if marks[end] == marks[start] and marks[start].rank[1] < ITEM:
-        return end  # all that stands between two headings belongs to the first one
+        return end  # all between two sibling headings belongs to the first one
     for n, k in enumerate(paragraphs(marks, start, end)):
         if n >= most or marks[k].what == "conclusion":
             return k
@@ -157,16 +160,16 @@ def make_titles(parts):
     """
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # few titles then have over 32 tokens, the cap
+        line = part[:80].split("\n")[0].rstrip()  # few titles then exceed TITLE_CAP of decode.py
         words = list(TOKEN_LIKE.finditer(line, MARKER.match(line).end()))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
     count = Counter(bare(opening).lower() for some in openings for opening in some)
     titles = []
     for candidates in openings:
-        # How many openings end within the label; all of them, if there is none.
+        # How many words the label has: "- **Cost**: low" has a label of one. Without a label, all.
         label_words = sum(not LABEL_END.search(bare(opening)) for opening in candidates)
         if 0 < label_words <= LABEL_WORDS:
-            candidates = candidates[label_words - 1:]
+            candidates = candidates[label_words - 1:]  # a short label is never cut
         own = [opening for opening in candidates if count[bare(opening).lower()] == 1]
         titles.append(own[0] if own else candidates[-1])
     return titles
@@ -386,7 +389,7 @@ def read_turns(record):
     for turn in record.get("conversations") or record.get("messages") or []:
         role = str(turn.get("from") or turn.get("role")).strip().lower()
         if role in ASSISTANTS and not is_to_learn(turn):
-            role += " (not to be learnt)"  # so it is nobody's that we know, and is counted
+            role += " (not to be learnt)"  # unknown to read_answers(), which so counts it
         turns.append((role, turn.get("value") or turn.get("content")))
     return turns
 
@@ -394,7 +397,10 @@ def read_turns(record):
 def read_answers(record, left_out):
     """Yields (prompt, answer) for every answer that follows a user's turn. The prompt is that turn
     alone, not what was said before. Counts in left_out, by reason, what yields none."""
-    turns = read_turns(record) if is_to_learn(record) else []
+    if not is_to_learn(record):
+        left_out["record that is not to be learnt"] += 1
+        return
+    turns = read_turns(record)
     prompt = ""
     for role, text in turns:
         has_text = isinstance(text, str) and text.strip()
@@ -502,8 +508,8 @@ class Tokenizer:
 
 def learn_tokenizer(texts, vocab_size=2048):
     """A Tokenizer without tags, of the 256 bytes and the commonest words of the first 4,000 texts.
-    No merges are learnt: tiktoken finds a known word whole, and another falls into bytes, or into
-    shorter words."""
+    No merges are learnt: tiktoken looks a word up whole first. An unknown one starts as bytes, and
+    neighbours merge only where the result is itself a token."""
     texts = itertools.islice(texts, 4000)
     counts = Counter(itertools.chain.from_iterable(re.findall(PATTERN, text) for text in texts))
     words = [word.encode("utf-8", "replace") for word, _ in counts.most_common(vocab_size - 256)]
@@ -567,15 +573,16 @@ def draw(kind, rng):
 
 def corpus(n=3600, seed=1337, split="train"):
     """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
-    answer by. In "val" an answer is about what no answer of its kind in "train" is about. Lists of
-    all animals are in "train", and with them every animal's facts."""
+    answer by. A seeded coin gives one in eight subjects of a kind (a set of animals, a sum) to
+    "val", never to "train". Lists of all animals are in "train", and with them all facts."""
     rng = random.Random(f"{split} {seed}")
     kinds = [*FORMS, "sums"]  # sums twice: they are the hardest to learn
     records = []
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]
         about, size, response = draw(kind, rng)
-        is_val = size < 8 and random.Random(f"{kind} {about}").random() < 1 / 8
+        coin = random.Random(f"{kind} {about}").random()  # the same for both splits
+        is_val = size < len(ANIMALS) and coin < 1 / 8
         if is_val == (split == "val"):
             prompt = rng.choice(ASKS).format(FORMS[kind][0], about)
             records.append({"id": len(records), "category": kind, "prompt": prompt,

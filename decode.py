@@ -35,8 +35,8 @@ NUCLEUS = 4096  # top-p without top-k looks at so many of the best tokens
 
 # ---- grammar and sampling ---------------------------------------------------
 
-TEXT_ONLY = 0    # in serial text, without room for a block
-SERIAL = 1       # in serial text, with room for one
+TEXT_ONLY = 0    # in serial text, where no block may open
+SERIAL = 1       # in serial text, where one may
 TITLE_START = 2  # before the first token of a title
 TITLE = 3        # before a further one, or its end
 AFTER_TITLE = 4  # after <|/title|>
@@ -61,8 +61,8 @@ def grammar(tokenizer, vocab_size):
 
 
 class Sampling(NamedTuple):
-    """How sample() chooses. The first two are tensors, for a compiled step would be compiled again
-    for every other number."""
+    """How sample() chooses. The first two are tensors: for plain numbers torch.compile would
+    compile again for each value."""
     temperature: torch.Tensor
     top_p: torch.Tensor
     n_best: int  # look at so many tokens, the best ones; 1 is greedy, 0 takes all
@@ -78,7 +78,8 @@ def make_sampling(temperature, top_k, top_p, device):
 
 
 def sample(logits, u, sampling):
-    """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each."""
+    """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each; 0 could
+    choose a token of probability 0."""
     if sampling.n_best == 1:
         return logits.argmax(-1)
     if sampling.n_best:
@@ -89,7 +90,8 @@ def sample(logits, u, sampling):
         # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
         # each are 0, 0.6, 0.9: the third goes.
         p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
-    # The distribution is inverted at u, so that what a branch draws does not depend on the others.
+    # The distribution is inverted at u. Every position of every branch has a u of its own, so what
+    # a branch draws does not depend on the others.
     cdf = p.cumsum(-1)
     chosen = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
     if sampling.n_best:
@@ -277,7 +279,7 @@ class Engine:
                 title.append(token)
                 token = self.serial([token], TITLE)
             token = self.serial([self.tags.title_end], AFTER_TITLE)
-        # The model may want one more branch. It is a cut if there is no room in the budget.
+        # If it wanted another branch, the budget has cut it, unless MAX_BRANCHES was the reason.
         self.cut |= token == self.tags.title and len(block) < MAX_BRANCHES
         self.branches(block)
         self.segments.append([])
@@ -342,7 +344,8 @@ def compile_step(lm):
     """forward_pass, compiled by torch.compile for few static shapes."""
     torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
     torch._dynamo.mark_static_address(lm.allow)  # CUDA graphs need not copy it
-    # On a CPU oneDNN packs frozen weights once for all widths; in float32 it does not pay.
+    # On a CPU inductor lets oneDNN pack frozen weights. In float32 that does not pay here, though
+    # pack() does for steps that are not compiled.
     packs = lm.device.type == "cpu" and lm.model.model.embed_tokens.weight.dtype == torch.bfloat16
     torch._inductor.config.freezing = packs
     torch._inductor.config.cpp.enable_concat_linear = packs  # q, k and v in one product
@@ -418,8 +421,8 @@ class View:
         text = decode(plain(done)).rstrip("\ufffd")  # half a character
         columns, rows = shutil.get_terminal_size()
         lines = []
-        # Only below a finished line, for the cursor can go back by whole lines, within the window;
-        # and only where there is room for a few characters.
+        # The cursor goes back by whole lines, within the window: so only if the text ends with a
+        # finished line. And only where there is room for a few characters.
         if text[-1:] in ("", "\n") and columns > 7 and rows > 2:
             lines = [branch_line(*map(decode, branch), columns) for branch in block[:rows - 2]]
         self.write(text, lines)

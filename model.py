@@ -35,7 +35,7 @@ class GPTConfig:
     n_inner: int = 2048           # width of the SwiGLU layer
     head_size: int = 64
     rope_theta: float = 500000.0  # large, as in Llama 3: attention fades less with distance
-    rope_scaling: tuple = (1.0, 0.0, 1.0)  # factor, slow, fast: see rope(); 1.0 changes nothing
+    rope_scaling: tuple = (1.0, 0.0, 1.0)  # see rope(); a factor of 1.0 changes nothing
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # True in Qwen2
     qk_norm: bool = False         # True in Qwen3
@@ -69,7 +69,9 @@ def attend(q, k, v, mask):
     (B, 1, T, S): 0 where seen, else -inf -> (B, nh, T, hs)."""
     B, nkv, S, hs = k.shape
     T = q.size(2)
-    if T > MAX_BRANCHES:  # not a step of decoding: torch's kernel never holds all scores in memory
+    if T > MAX_BRANCHES:
+        # Wider than any step of decoding: a batch to train on, a prompt, prefixes. torch's kernel
+        # does not hold all scores in memory.
         groups = q.size(1) // nkv  # heads that share keys and values
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
@@ -223,8 +225,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow(self, groups):
-        """Appends a row to embedding and head for every list of ids in groups: the mean of their
-        rows. Then rows of zeros, up to a multiple of 64, which is faster."""
+        """For new tokens such as tags: appends a row to embedding and head for every list of ids in
+        groups, the mean of their rows. Then rows of zeros, up to a multiple of 64, for speed."""
         rows = self.config.vocab_size
         self.config.vocab_size = math.ceil((rows + len(groups)) / 64) * 64
         embedding = self.model.embed_tokens

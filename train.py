@@ -1,8 +1,8 @@
 """Trains a GPT on tagged answers under the branch mask (section 3.2), from scratch or fine-tuning.
 
     python train.py                                        # the built-in corpus, minutes on a CPU
-    python train.py --mode serial --out-dir out-serial     # its serial twin: the same, untagged
-    python train.py --init-from out-serial --steps 300     # an ordinary model learns to branch
+    python train.py --mode serial --out-dir base           # its serial twin: the same, untagged
+    python train.py --init-from base --out-dir tuned       # an ordinary model learns to branch
     torchrun --nproc_per_node=8 train.py ...               # 8 devices share a step's 8 batches
 
 What is special about ASPD is in layout() and collate(); this is an ordinary training loop. Under
@@ -40,7 +40,7 @@ LAUNCHED = "LOCAL_RANK" in os.environ  # by torchrun, which numbers and counts t
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # not one process's part
-BESIDE_RESUME = {"--resume", "--out-dir", "--device", "--data"}
+BESIDE_RESUME = {"--resume", "--out-dir", "--device", "--data"}  # all other options are the run's
 
 
 # ---- settings ---------------------------------------------------------------

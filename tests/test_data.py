@@ -152,8 +152,8 @@ LEFT_OUT = {  # records without an answer, and what is said about them
     "a prompt alone": (chat(("human", "a")), "1 x record that ends without an answer"),
     "an answer alone": (chat(("gpt", "A")), "1 x gpt turn out of place"),
     "nobody known": (chat(("narrator", "a"), ("critic", "A")), "1 x narrator turn out of place, 1 x critic turn out of"),
-    "turns before the prompt": ({"instruction": "i", "output": "o", "history": [["p", "r"]]}, "without an answer .*history"),
-    **{f"a record with {mark} {value}": ({"prompt": "p", "response": "r", mark: value}, f"without an answer .*{mark}")
+    "turns before the prompt": ({"instruction": "i", "output": "o", "history": [["p", "r"]]}, "1 x record that is not to be learnt"),
+    **{f"a record with {mark} {value}": ({"prompt": "p", "response": "r", mark: value}, "1 x record that is not to be learnt")
        for mark, value in [("weight", 0), ("label", False), ("kto_tag", False), ("train", False), ("loss", 0.0)]},
     **{f"a turn with {mark} {value}": ({"messages": [
         {"role": "user", "content": "p"}, {"role": "assistant", "content": "A", mark: value}]}, "1 x assistant .not to be learnt. turn")
