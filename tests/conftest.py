@@ -10,7 +10,7 @@ from exercises import EXERCISES
 
 
 def pytest_addoption(parser):
-    parser.addoption("--decodes", type=int, default=150,
+    parser.addoption("--decodes", type=int, default=100,
                      help="random decodes of tests/test_engine.py's fuzz (%(default)s)")
 
 

@@ -2,7 +2,7 @@
 adaptive equals branchwise, every token is fed exactly once, compiled equals eager. Random weights
 decode into well-formed rows of every shape, thanks to the grammar.
 
-    python -m pytest tests/test_engine.py -k fuzz --decodes 10000   # more than the usual 150
+    python -m pytest tests/test_engine.py -k fuzz --decodes 10000   # more than the usual 100
 """
 import math
 import random
@@ -347,7 +347,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
 def test_cached_parallel_decoding_equals_one_masked_forward(positions, dtype):
     """Logits, tokens, positions, visibility and targets, with several blocks of uneven branches."""
     found = []
-    for seed in range(8):
+    for seed in range(6):
         lm = record(fond(dtype=dtype, seed=seed, positions=positions))
         answer = generate(lm, "two tips", temperature=1.0, seed=seed, max_new_tokens=500)
         check_against_one_forward(lm, "two tips", answer, TOLERANCES[dtype])
@@ -524,7 +524,7 @@ def test_fuzz_every_decode_is_well_formed(request):
             seen["parallel"] += bool(answer.blocks)
         seen["too long"] += not answer
     print(sorted(seen.items()))
-    if n >= 150:
+    if n >= 100:
         assert seen["parallel"] > n / 10
         wanted = (*MODES, "stop", "length", "2 branches", "3 branches", "too long")
         assert all(seen[name] for name in wanted)

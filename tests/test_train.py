@@ -367,7 +367,7 @@ def ended(processes):
     return said[0][0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_a_run_with_code_130_and_a_whole_checkpoint(tmp_path, answers, number):
     process = start(*SMALL, "--data", answers, "--steps", 10**6, "--save-every", 1,
                     "--out-dir", tmp_path)
