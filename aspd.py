@@ -199,14 +199,15 @@ def main():
     row = layout(encode("How to live well?"), ids, vocab["<eos>"], Tags(*range(6)))
     mask = branch_mask(row.block, row.branch).tolist()
     names = {i: name for name, i in vocab.items()} | {IGNORE: "-"}
-    print("row token        block branch position  target        sees (# yes, . no)")
+    lines = ["row token        block branch position  target        sees (# yes, . no)"]
     columns = zip(*(column.tolist() for column in row))
     for t, (token, block, branch, position, target) in enumerate(columns):
         seen = "".join(".#"[sees] for sees in mask[t][:t + 1])
-        print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
-              f"{names[target]:<12}  {seen}")
+        lines.append(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
+                     f"{names[target]:<12}  {seen}")
     n = len(plain(ids))
-    print(f"\n{n} plain tokens in {steps(ids)} steps: branches this short do not pay.")
+    lines.append(f"\n{n} plain tokens in {steps(ids)} steps: branches this short do not pay.")
+    print("\n".join(lines))  # in one write, so that `| head` does not break it
 
 
 # ---- errors -----------------------------------------------------------------
