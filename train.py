@@ -73,7 +73,6 @@ def parse_args():
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             check(value > 0, f"--{name.replace('_', '-')} must be over 0, not {value}")
-    check(args.accumulate % WORLD == 0, f"--accumulate must be a multiple of the {WORLD} processes")
     check_device(args.device)
 
     start = None
@@ -90,6 +89,7 @@ def parse_args():
         start = read_checkpoint(args.init_from)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
+    check(args.accumulate % WORLD == 0, f"--accumulate must be a multiple of the {WORLD} processes")
     return args, start
 
 
@@ -276,7 +276,9 @@ def main():
     args, start = parse_args()
     if WORLD > 1:
         if args.device.startswith("cuda"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            own = f"cuda:{os.environ['LOCAL_RANK']}"
+            check_device(own)
+            torch.cuda.set_device(own)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # only process 0 prints
         dist.init_process_group()
