@@ -371,9 +371,8 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
 
     mode: "adaptive" (the engine), "branchwise" (the same, one branch after the other) or "serial"
     (no blocks); None: adaptive where there are tags. max_new_tokens: after the prompt, with tags
-    and repeated titles. temperature 0 is greedy; top_k 0 and top_p 1 are off; top_p without top_k
-    takes NUCLEUS tokens at most. watch: called with the Engine after every pass, before its tokens
-    are added.
+    and repeated titles. temperature 0 is greedy; top_k 0 and top_p 1 are off; top_p alone takes
+    NUCLEUS tokens at most. watch: called with the Engine after every pass.
     BadInput for a value out of range, for a prompt that is empty or too long, and while the same LM
     decodes in another thread.
     """
@@ -458,8 +457,7 @@ def main():
     add("--max-new-tokens", type=int, default=512, help="after the prompt; tags and titles count")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
-    add("--top-p", type=float, default=1.0,
-        help=f"from the best that together reach p, {NUCLEUS} at most; 1 is off")
+    add("--top-p", type=float, default=1.0, help=f"the best ({NUCLEUS}) that reach p; 1 is off")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="none: what suits the device")
