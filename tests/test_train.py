@@ -474,6 +474,20 @@ def test_accumulated_batches_give_the_gradient_of_all_answers_at_once(batch_size
         assert torch.allclose(old - p, grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_autocast_in_bfloat16_is_near_float32(n_kv_head):
+    """Loss and gradients, in rows longer than a step of decoding, with keys that heads share."""
+    nets = [tiny_model(block_size=4096, n_kv_head=n_kv_head) for _ in range(2)]
+    losses = []
+    for net, dtype in zip(nets, ("float32", "bfloat16")):
+        loss = summed_loss(net, some_rows()[:4], Namespace(device="cpu", dtype=dtype))
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for exact, near in zip(*[net.parameters() for net in nets]):
+        assert (exact.grad - near.grad).norm() < 0.03 * exact.grad.norm()
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_update_that_is_not_finite_is_not_made(monkeypatch, what):
     net = tiny_model()
