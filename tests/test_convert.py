@@ -26,10 +26,9 @@ from convert import (SENTENCEPIECE, load_weights, published_config, published_to
 from data import PATTERN, Tokenizer, cli, corpus, learn_tokenizer
 from helpers import write_answers
 from model import GPT, read_checkpoint, rope, save_checkpoint
-from published_helpers import (BYTE_LEVEL, FLAGS, HEADERS, LLAMA, LOOP, MERGES, QWEN, QWEN3, QWEN25,
-                               SMOLLM2, SPECIALS, TEMPLATES, THINKING, TURN, publish,
-                               published_weights, split, with_default, write_chat, write_raw,
-                               write_safetensors, write_tokenizer)
+from published_helpers import (BYTE_LEVEL, FLAGS, HEADERS, MERGES, QWEN, QWEN25, SMOLLM2, SPECIALS,
+                               TEMPLATES, THINKING, publish, published_weights, split, write_chat,
+                               write_raw, write_safetensors, write_tokenizer)
 from published_helpers import published_config as config_json
 
 ROOT = Path(__file__).parent.parent
