@@ -147,15 +147,12 @@ def find_run(marks, first):
 
 # ---- extraction: titles and rules ---------------------------------------------
 
-LABEL_WORDS = 2  # a longer label is cut to the fewest words that tell its part apart
-LABEL_END = re.compile(r"[:：]|\*\*| [-–—](?: |$)")  # "Cost: 3", "**Cost** 3", "Cost - 3"
 TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # a Chinese sign, or a word
 
 
 def make_titles(parts):
-    """A title for each part: its label if short, else the fewest words that are its own.
+    """A title for each part: the fewest words of its first line that are its own.
 
-    "- **Cost**: low", "- **Time**: short"       -> "- **Cost", "- **Time"
     "1. Buy a red apple", "2. Buy a green apple" -> "1. Buy a red", "2. Buy a green"
     """
     openings = []  # of each part: its first line up to the first word, up to the second, ...
@@ -166,10 +163,6 @@ def make_titles(parts):
     count = Counter(bare(opening).lower() for some in openings for opening in some)
     titles = []
     for candidates in openings:
-        # How many words the label has: "- **Cost**: low" has a label of one. Without a label, all.
-        label_words = sum(not LABEL_END.search(bare(opening)) for opening in candidates)
-        if 0 < label_words <= LABEL_WORDS:
-            candidates = candidates[label_words - 1:]  # a short label is never cut
         own = [opening for opening in candidates if count[bare(opening).lower()] == 1]
         titles.append(own[0] if own else candidates[-1])
     return titles
@@ -299,33 +292,31 @@ def split_held_out(records):
     return train, [r for r in records if r["prompt"] in held]
 
 
-def make_rows(records, tokenizer, config, mode="aspd"):
-    """Answers -> a list of Rows, without those whose tagged row exceeds the context.
-
-    mode: "aspd" is tagged, "serial" the plain answer. Both leave out the same answers, so that
-    their models can be compared."""
-    tags = tokenizer.tags or Tags(*[tokenizer.eos] * 6)  # stand-ins, for the length
+def make_rows(records, tokenizer, config):
+    """Answers -> a list of Rows, without those whose tagged row exceeds the context. Where
+    config.positions is None, the rows are those of the plain answers; the same are left out, so
+    that the two models can be compared."""
+    eos, tags = tokenizer.eos, tokenizer.tags
     rows = []
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt = tokenizer.prompt(r["prompt"])
         segments, _ = extract(r["response"], r["prompt"])
         ids = tokenize(segments, tokenizer.encode)
-        row = layout(prompt, ids, tokenizer.eos, tags, config.positions)
+        row = layout(prompt, ids, eos, tags, config.positions or "aspd")
         if len(row.token) > config.block_size:
             continue
-        if mode == "serial":
-            row = layout(prompt, [tokenizer.encode(r["response"])], tokenizer.eos)
+        if config.positions is None:
+            row = layout(prompt, [tokenizer.encode(r["response"])], eos)
         rows.append(row)
     return rows
 
 
-def batches(lengths, batch_size, seed):
-    """Endlessly yields batches, lists of indices into lengths, in a new seeded order every epoch.
-    Rows of a batch are of like length, so that little is padded, but not always the same ones."""
+def batches(rows, batch_size, seed):
+    """Endlessly yields batches, lists of rows, in a new seeded order every epoch. Rows of a batch
+    are of like length, so that little is padded, but not always the same ones."""
     for epoch in itertools.count():
         rng = random.Random(f"{seed} {epoch}")
-        roughly = [length * rng.uniform(1.0, 1.2) for length in lengths]
-        order = sorted(range(len(lengths)), key=roughly.__getitem__)
+        order = sorted(rows, key=lambda row: len(row.token) * rng.uniform(1.0, 1.2))
         chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         rng.shuffle(chunks)
         yield from chunks
@@ -417,17 +408,15 @@ def read_answers(record, left_out):
 
 
 def read_records(path):
-    """The {"id", "prompt", "response", ...} of every answer of a file, a list; says on stderr what
-    was left out. BadInput for a file without an answer, and for what is not JSON."""
+    """The {"id", "prompt", "response", ...} of every answer of a file, a list; the id is that of its
+    record, or the record's number. Says on stderr what was left out. BadInput for a file without an
+    answer, and for what is not JSON."""
     records = []
     left_out = Counter()
     for n, r in enumerate(read_objects(path)):
-        kept = {name: r[name] for name in ("category", "model", "facts") if name in r}
         with naming(f"{path}, record {n + 1}"):
-            answers = list(read_answers(r, left_out))
-        for k, (prompt, response) in enumerate(answers):
-            own_id = f"{r.get('id', n)}-{k}" if k else r.get("id", n)
-            records.append({"id": own_id, "prompt": prompt, "response": response, **kept})
+            for prompt, response in read_answers(r, left_out):
+                records.append({"id": n, **r, "prompt": prompt, "response": response})
     reasons = ", ".join(f"{n} x {reason}" for reason, n in left_out.most_common(10))
     check(records, f"{path}: no usable answers ({reasons or 'no records'}); read are {LAYOUTS}")
     if left_out:
@@ -472,19 +461,19 @@ class Tokenizer:
     pattern: cuts text into words, which are encoded apart.
     ranks: {a token's bytes: its id, which is also its merge priority}.
     eos: the id that ends an answer. stop: more that do.
-    tags: the six ids of TAG_NAMES, or None.
+    tags: the six ids of TAG_NAMES.
     chat: what surrounds a prompt, a list of texts, one of them with {prompt}, and special ids."""
 
-    def __init__(self, pattern, ranks, eos, tags=None, stop=(), chat=CHAT):
+    def __init__(self, pattern, ranks, eos, tags, stop=(), chat=CHAT):
         self.settings = {"pattern": pattern, "ranks": ranks, "eos": eos, "tags": tags,
                          "stop": stop, "chat": chat}  # plain values, for a checkpoint
         self.eos = eos
-        self.tags = tags and Tags(*tags)
+        self.tags = Tags(*tags)
         self.stop = {eos, *stop}
         self.chat = chat
         self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bytes = {i: token for token, i in ranks.items()}
-        self.vocab_size = max(*self.bytes, *self.stop, *(tags or ())) + 1
+        self.vocab_size = max(*self.bytes, *self.stop, *tags) + 1
 
     def encode(self, text):
         """str -> list of ids. What UTF-8 cannot write becomes U+FFFD."""
@@ -501,21 +490,18 @@ class Tokenizer:
             ids += [part] if isinstance(part, int) else self.encode(part.format(prompt=text))
         return ids
 
-    def with_tags(self, first):
-        """The same with the tags' ids, from `first` on -> a new Tokenizer."""
-        return Tokenizer(**self.settings | {"tags": tuple(range(first, first + 6))})
-
 
 def learn_tokenizer(texts, vocab_size=2048):
-    """A Tokenizer without tags, of the 256 bytes and the commonest words of the first 4,000 texts.
-    No merges are learnt: tiktoken looks a word up whole first. An unknown one starts as bytes, and
-    neighbours merge only where the result is itself a token."""
+    """A Tokenizer of the 256 bytes and the commonest words of the first 4,000 texts. No merges are
+    learnt: tiktoken looks a word up whole first. An unknown one starts as bytes, and neighbours
+    merge only where the result is itself a token."""
     texts = itertools.islice(texts, 4000)
     counts = Counter(itertools.chain.from_iterable(re.findall(PATTERN, text) for text in texts))
     words = [word.encode("utf-8", "replace") for word, _ in counts.most_common(vocab_size - 256)]
     tokens = dict.fromkeys([bytes([b]) for b in range(256)] + words)  # each once
     ranks = {token: i for i, token in enumerate(tokens)}
-    return Tokenizer(PATTERN, ranks, eos=len(ranks))
+    eos, *tags = range(len(ranks), len(ranks) + 7)
+    return Tokenizer(PATTERN, ranks, eos, tags)
 
 
 # ---- the built-in corpus ----------------------------------------------------

@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 
@@ -31,7 +31,6 @@ from model import check_device, from_checkpoint, pack, read_checkpoint
 MODES = ("adaptive", "branchwise", "serial")
 TITLE_CAP = 32  # tokens of a title at most
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
-NUCLEUS = 4096  # top-p without top-k looks at so many of the best tokens
 
 # ---- grammar and sampling ---------------------------------------------------
 
@@ -51,69 +50,46 @@ def grammar(tokenizer, vocab_size):
     tags = tokenizer.tags
     allow = torch.zeros(6, vocab_size, dtype=torch.bool, device="cpu")
     allow[TEXT_ONLY, text + stop] = True
-    if tags:
-        allow[SERIAL, text + stop + [tags.title]] = True
-        allow[TITLE_START, text] = True
-        allow[TITLE, text + [tags.title_end]] = True
-        allow[AFTER_TITLE, [tags.title, tags.para]] = True
-        allow[BRANCH, text + stop + [tags.branch_end]] = True  # end-of-text only ends the branch
+    allow[SERIAL, text + stop + [tags.title]] = True
+    allow[TITLE_START, text] = True
+    allow[TITLE, text + [tags.title_end]] = True
+    allow[AFTER_TITLE, [tags.title, tags.para]] = True
+    allow[BRANCH, text + stop + [tags.branch_end]] = True  # end-of-text only ends the branch
     return allow
 
 
-class Sampling(NamedTuple):
-    """How sample() chooses. The first two are tensors: for plain numbers torch.compile would
-    compile again for each value."""
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    n_best: int  # look at so many tokens, the best ones; 1 is greedy, 0 takes all
-
-
-def make_sampling(temperature, top_k, top_p, device):
-    """The settings of generate() -> Sampling."""
-    n_best = top_k or (NUCLEUS if top_p < 1 else 0)
-    if temperature == 0 or top_p == 0:
-        n_best = 1
-    numbers = torch.tensor([max(temperature, 1e-6), top_p], dtype=torch.float32, device=device)
-    return Sampling(*numbers, n_best)
-
-
-def sample(logits, u, sampling):
+def sample(logits, u, temperature, top_k, top_p):
     """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each; 0 could
-    choose a token of probability 0."""
-    if sampling.n_best == 1:
+    choose a token of probability 0. temperature, top_p: tensors of one number, as torch.compile
+    would compile again for each plain one; top_k: an int, 1 is greedy."""
+    if top_k == 1:
         return logits.argmax(-1)
-    if sampling.n_best:
-        logits, ids = logits.topk(min(sampling.n_best, logits.size(-1)))  # the best first
-    highest = logits.amax(-1, keepdim=True)
-    p = ((logits - highest) / sampling.temperature).softmax(-1)  # e to the 0 at most: no overflow
-    if sampling.n_best:
-        # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
-        # each are 0, 0.6, 0.9: the third goes.
-        p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
+    logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
+    p = ((logits - logits[:, :1]) / temperature).softmax(-1)  # e to the 0 at most: no overflow
+    # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
+    # each are 0, 0.6, 0.9: the third goes.
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     # The distribution is inverted at u. Every position of every branch has a u of its own, so what
     # a branch draws does not depend on the others.
     cdf = p.cumsum(-1)
     chosen = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    if sampling.n_best:
-        chosen = ids.gather(-1, chosen)
-    return chosen[:, 0]
+    return ids.gather(-1, chosen)[:, 0]
 
 
-def forward_pass(model, allow, fed, choose, u, sampling, n_slots):
+def forward_pass(model, fed, pick, allowed, u, sampling, n_slots):
     """The step of all modes -> (tokens chosen (N,), their logits (N, V), which tests look at).
 
     fed: (4, T) int64, one tensor for one copy to the device: token, position, branch and slot of
-    the T tokens fed; branch becomes the owner of slot. choose: (2, N) int64: after which N of them
-    to choose a token, and in which state. allow: (6, V), the grammar. u: (N,), see sample().
-    n_slots: how many slots attention reads. A token is -1 where the logits are not finite.
+    the T tokens fed; branch becomes the owner of slot. pick: (N,), after which of them to choose a
+    token, among those allowed, (V,) bool. u, sampling: of sample(). n_slots: how many slots
+    attention reads. A token is -1 where the logits are not finite.
     """
     token, position, branch, slot = fed
-    pick, state = choose
     model.owner[slot] = branch
     mask = cache_mask(slot, branch, model.owner[:n_slots])
     logits = model(token[None], position[None], mask, slot, pick)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # or float64
-    chosen = sample(logits.masked_fill(~allow[state], -torch.inf), u, sampling)
+    chosen = sample(logits.masked_fill(~allowed, -torch.inf), u, *sampling)
     return torch.where(logits.isfinite().all(-1), chosen, -1), logits
 
 
@@ -148,21 +124,6 @@ def load(path="out", device="cpu", dtype=None, compile=False):
 
 # ---- the engine -------------------------------------------------------------
 
-@dataclass
-class Answer:
-    """What generate() returns."""
-    prompt: str
-    text: str       # the plain answer
-    mode: str
-    tokens: int     # of the plain answer
-    steps: int      # forward passes after the prompt
-    seconds: float  # wall-clock, prefill included
-    ttft: float     # seconds to the first token
-    blocks: list    # of each block, how many tokens each branch has, tags aside
-    finish: str     # "stop", or "length": the budget or the context cut something
-    segments: list  # ids and Blocks of ids
-
-
 def quota(left, block):
     """Tokens that each branch may have after its title, where `left` tokens of the budget are left:
     an equal share, so that it does not depend on the order in which the branches are decoded."""
@@ -189,7 +150,6 @@ class Lane:
     rest: list     # the tokens after its title; the same list object as its Branch's
     position: int  # of the first token to feed next
     next: list     # tokens to feed next
-    is_closed: bool = False  # is <|/branch|> in next, or has it been fed?
 
 
 class Engine:
@@ -200,8 +160,12 @@ class Engine:
         self.tags = lm.tokenizer.tags
         self.mode = mode
         self.left = left  # how many row tokens may still be fed, the prompt included
-        self.sampling = sampling
         self.watch = watch
+        temperature, top_k, top_p = sampling
+        top_k = 1 if temperature == 0 or top_p == 0 else top_k or lm.model.config.vocab_size
+        numbers = [max(temperature, 1e-6), top_p]
+        temperature, top_p = torch.tensor(numbers, dtype=torch.float32, device=lm.device)
+        self.sampling = (temperature, top_k, top_p)  # of sample()
         # The last slot is never used by a token of the row: it is for pad().
         lm.model.setup_cache(power_of_two(max(left + 1, 256)))
         draw = torch.Generator().manual_seed(seed % 2**63)
@@ -229,12 +193,12 @@ class Engine:
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
             fed, pick = pad(fed, pick, n_slots - 1)
-        fed = torch.tensor(fed, device="cpu").t()                            # (4, T)
-        choose = torch.tensor([(i, state) for i in pick], device="cpu").t()  # (2, N)
-        _, position, branch, _ = fed[:, choose[0]]  # where a token is chosen
+        fed = torch.tensor(fed, device="cpu").t()    # (4, T)
+        pick = torch.tensor(pick, device="cpu")      # (N,)
+        _, position, branch, _ = fed[:, pick]  # where a token is chosen
         u = self.uniform[position, branch]
-        fed, choose, u = (x.to(lm.device) for x in (fed, choose, u))
-        chosen, _ = step(lm.model, lm.allow, fed, choose, u, self.sampling, n_slots)
+        fed, pick, u = (x.to(lm.device) for x in (fed, pick, u))
+        chosen, _ = step(lm.model, fed, pick, lm.allow[state], u, self.sampling, n_slots)
         chosen = chosen.tolist()  # the one synchronisation of a pass
         if min(chosen) < 0:
             lm.model.owner = None  # a new cache for the next answer: even masked, 0 * NaN is NaN
@@ -258,7 +222,7 @@ class Engine:
         token = self.serial(prompt)
         self.first_token_at = time.perf_counter()
         while token not in stop and self.left > 0:
-            if self.tags and token == self.tags.title:
+            if token == self.tags.title:
                 token = self.block()
             else:
                 self.segments[-1].append(token)
@@ -315,12 +279,11 @@ class Engine:
             lane.position += len(lane.next)
         for lane, token in zip(lanes, self.feed(fed, last, BRANCH), strict=True):
             has_ended = token == self.tags.branch_end or token in self.lm.tokenizer.stop
-            if lane.is_closed:
+            if lane.next == [self.tags.branch_end]:
                 lane.next = []  # what was chosen after <|/branch|> is not used
             elif has_ended or len(lane.rest) == most:
                 self.cut |= not has_ended
                 lane.next = [self.tags.branch_end]
-                lane.is_closed = True
             else:
                 lane.rest.append(token)
                 lane.next = [token]
@@ -343,7 +306,6 @@ def pad(fed, pick, last_slot):
 def compile_step(lm):
     """forward_pass, compiled by torch.compile for few static shapes."""
     torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
-    torch._dynamo.mark_static_address(lm.allow)  # CUDA graphs need not copy it
     # On a CPU inductor lets oneDNN pack frozen weights. In float32 that does not pay here, though
     # pack() does for steps that are not compiled.
     packs = lm.device.type == "cpu" and lm.model.model.embed_tokens.weight.dtype == torch.bfloat16
@@ -365,21 +327,27 @@ def prompt_ids(lm, prompt):
 
 
 @torch.no_grad()
-def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_k=0, top_p=1.0,
+def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_k=200, top_p=1.0,
              seed=0, watch=None):
-    """Decodes one answer to a prompt, a str, which is put into the model's chat form -> Answer.
+    """Decodes one answer to a prompt, a str, which is put into the model's chat form.
 
     mode: "adaptive" (the engine), "branchwise" (the same, one branch after the other) or "serial"
-    (no blocks); None: adaptive where there are tags. max_new_tokens: after the prompt, with tags
-    and repeated titles. temperature 0 is greedy; top_k 0 and top_p 1 are off; top_p alone takes
-    NUCLEUS tokens at most. watch: called with the Engine after every pass.
+    (no blocks); None: adaptive if the model has learnt to branch. max_new_tokens: after the prompt,
+    with tags and repeated titles. temperature 0 is greedy; top_k 0 takes all tokens, and is slow;
+    top_p 1 takes all of these. watch: called with the Engine after every pass.
     BadInput for a value out of range, for a prompt that is empty or too long, and while the same LM
     decodes in another thread.
+
+    -> an answer with: prompt, text, mode; tokens, of the plain answer; steps, passes after the
+    prompt; seconds, wall-clock, prefill included; ttft, seconds to the first token; blocks, of each
+    how many tokens every branch has, tags aside; finish, "stop", or "length" if the budget or the
+    context cut something; segments, of ids.
     """
     tokenizer = lm.tokenizer
-    mode = mode or ("adaptive" if tokenizer.tags else "serial")
+    can_branch = lm.model.config.positions is not None
+    mode = mode or ("adaptive" if can_branch else "serial")
     check(mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}")
-    check(mode == "serial" or tokenizer.tags, f"a checkpoint without tags cannot decode {mode!r}")
+    check(mode == "serial" or can_branch, f"mode {mode!r}: this model never learnt to branch")
     check(max_new_tokens > 0, f"max-new-tokens must be 1 or more, not {max_new_tokens}")
     check(0 <= temperature <= 1e6, f"temperature must be 0 (greedy) to 1e6, not {temperature}")
     check(top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}")
@@ -389,15 +357,14 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
     try:
         start = time.perf_counter()
         left = min(len(ids) + max_new_tokens, lm.model.config.block_size)
-        sampling = make_sampling(temperature, top_k, top_p, lm.device)
-        engine = Engine(lm, mode, left, sampling, seed, watch)
+        engine = Engine(lm, mode, left, (temperature, top_k, top_p), seed, watch)
         engine.run(ids)
     finally:
         lm.lock.release()
     segments = [segment for segment in engine.segments if segment]
     tokens = plain(segments)
     blocks = [[len(b.title + b.rest) for b in s] for s in segments if isinstance(s, Block)]
-    return Answer(
+    return SimpleNamespace(
         prompt=prompt, text=tokenizer.decode(tokens), mode=mode, tokens=len(tokens),
         steps=engine.steps, seconds=time.perf_counter() - start, ttft=engine.first_token_at - start,
         blocks=blocks, finish="length" if engine.cut else "stop", segments=segments)
@@ -453,11 +420,11 @@ def main():
     what.add_argument("--prompts", metavar="FILE", help='JSON (Lines) of {"prompt", "category"}')
     add = p.add_argument
     add("--ckpt", default="out", metavar="DIR", help="a folder with a ckpt.pt")
-    add("--mode", choices=MODES, help="none: adaptive where the checkpoint has tags, else serial")
+    add("--mode", choices=MODES, help="none: adaptive if the model has learnt to branch")
     add("--max-new-tokens", type=int, default=512, help="after the prompt; tags and titles count")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="sample from the k best tokens; 0 is off")
-    add("--top-p", type=float, default=1.0, help=f"the best ({NUCLEUS}) that reach p; 1 is off")
+    add("--top-k", type=int, default=200, help="sample from the k best tokens; 0: from all, slowly")
+    add("--top-p", type=float, default=1.0, help="and of these from the best that reach p")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="none: what suits the device")
@@ -475,9 +442,9 @@ def main():
     if args.json:
         open(args.json, "a").close()          # and so is a file that cannot be written
     results = []
-    view = View()
     try:
         for record in records:
+            view = View()
             answer = generate(
                 lm, record["prompt"], args.mode, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
@@ -485,7 +452,6 @@ def main():
             del answer.segments  # token ids, of no use in a file
             results.append({"category": record.get("category")} | vars(answer))
             view.write(answer.text + "\n")
-            view.text = ""
             print(f"\n{answer.tokens} tokens in {answer.steps} steps, "
                   f"branches {[len(block) for block in answer.blocks]}, "
                   f"{answer.tokens / answer.seconds:.0f} tokens/s, first after "

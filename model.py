@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from aspd import MAX_BRANCHES, check, naming
 
-FORMAT = "aspd-3"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
+FORMAT = "aspd-4"  # of our checkpoints: OUT_DIR/ckpt.pt, a dict of tensors and plain values
 
 
 @dataclass
@@ -40,7 +40,7 @@ class GPTConfig:
     qkv_bias: bool = False        # True in Qwen2
     qk_norm: bool = False         # True in Qwen3
     tied: bool = True             # the head shares the embedding's weights
-    positions: str = "aspd"       # of aspd.POSITIONS: decoding must number as training did
+    positions: str = "aspd"       # of aspd.POSITIONS, as trained; None: it never learnt to branch
 
 
 def rope(position, head_size, theta, factor=1.0, slow=0.0, fast=1.0):
@@ -184,14 +184,9 @@ class GPT(nn.Module):
         self.register_buffer("owner", None, persistent=False)
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() == 2:
-                std = p.size(1) ** -0.5  # keeps the variance of the input
-                if "embed_tokens" in name:
-                    std = 0.1  # five times GPT-2's: the small model of train.py learns faster
-                elif "o_proj" in name or "down_proj" in name:
-                    std *= (2 * config.n_layer) ** -0.5  # what adds to the stream starts small
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=p.size(1) ** -0.5)  # keeps the variance of the input
 
     def setup_cache(self, slots):
         """A cache of at least so many slots, all shared, for one answer at a time. That of the
@@ -222,19 +217,6 @@ class GPT(nn.Module):
             x = x.flatten(0, 1)[pick]     # (N, C)
         head = self.model.embed_tokens if self.config.tied else self.lm_head
         return linear(x, head.weight)
-
-    @torch.no_grad()
-    def grow(self, groups):
-        """For new tokens such as tags: appends a row to embedding and head for every list of ids in
-        groups, the mean of their rows. Then rows of zeros, up to a multiple of 64, for speed."""
-        rows = self.config.vocab_size
-        self.config.vocab_size = math.ceil((rows + len(groups)) / 64) * 64
-        embedding = self.model.embed_tokens
-        for table in [embedding] if self.config.tied else [embedding, self.lm_head]:
-            weight = F.pad(table.weight, (0, 0, 0, self.config.vocab_size - rows))
-            for new, ids in enumerate(groups, start=rows):
-                weight[new] = weight[ids].mean(0)
-            table.weight = nn.Parameter(weight)
 
 
 # ---- devices and checkpoints ------------------------------------------------

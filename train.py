@@ -33,9 +33,6 @@ from data import (Tokenizer, batches, cli, collate, corpus, learn_tokenizer, mak
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, read_checkpoint,
                    save_checkpoint)
 
-# Tag i of TAG_NAMES starts as the mean of the tokens of TAG_WORDS[i], in the embedding and in the
-# head. Answers hardly ever have these words, so a new tag starts out as improbable as they are.
-TAG_WORDS = [tag + end for tag in (" headline", " parallel", " branch") for end in ("", " closed")]
 LAUNCHED = "LOCAL_RANK" in os.environ  # by torchrun, which numbers and counts the processes
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -119,8 +116,8 @@ def prepare(args, start):
 
     # 3) rows; --block-size only leaves out answers: a model to fine-tune keeps its own context
     config = replace(model.config, block_size=min(args.block_size, model.config.block_size))
-    rows = make_rows(answers, tokenizer, config, args.mode)
-    held_out = make_rows(others, tokenizer, config, args.mode)
+    rows = make_rows(answers, tokenizer, config)
+    held_out = make_rows(others, tokenizer, config)
     if args.no_branch_mask:  # all in one branch, so that branches see each other
         rows = [row._replace(branch=row.branch * 0) for row in rows]
     check(rows, f"none of {len(answers)} answers to train on fits {config.block_size} tokens")
@@ -132,7 +129,7 @@ def prepare(args, start):
 
 
 def make_model(args, start, answers):
-    """-> model, tokenizer: of the checkpoint `start` or from scratch. In mode "aspd" with tags."""
+    """-> model, tokenizer: of the checkpoint `start` or from scratch."""
     if start:
         model = from_checkpoint(start).float()
         tokenizer = Tokenizer(**start["tokenizer"])
@@ -142,10 +139,7 @@ def make_model(args, start, answers):
             block_size=args.block_size, vocab_size=math.ceil(tokenizer.vocab_size / 64) * 64,
             n_layer=args.n_layer, n_head=args.n_head, n_kv_head=args.n_head,
             n_embd=64 * args.n_head, n_inner=176 * args.n_head))  # about 8/3 of n_embd, as in Llama
-    if args.mode == "aspd" and not tokenizer.tags:
-        tokenizer = tokenizer.with_tags(model.config.vocab_size)
-        model.grow([tokenizer.encode(words) for words in TAG_WORDS])
-    model.config.positions = args.positions
+    model.config.positions = args.positions if args.mode == "aspd" else None
     return model, tokenizer
 
 
@@ -158,14 +152,6 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / (args.steps - warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model, lr):
-    """AdamW; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
 
 
 def count_targets(rows):
@@ -198,9 +184,7 @@ def train_step(model, step_batches, optimizer, args):
     if WORLD > 1:
         norm = norm.full_tensor()
         dist.all_reduce(total)
-    lr = optimizer.param_groups[0]["lr"]
-    check((total + norm).isfinite(),
-          f"the loss is {total:.4f}, its gradient {norm:.4f} at a learning rate of {lr:.1e}")
+    check((total + norm).isfinite(), f"the loss is {total:.4f}, its gradient {norm:.4f}: lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return total.item()
@@ -210,7 +194,7 @@ def train_step(model, step_batches, optimizer, args):
 def held_out_loss(model, rows, tokenizer, args):
     """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and a title
     once, for its repetition is forced. Under the branch mask, which decoding always has."""
-    not_text = torch.tensor([tokenizer.eos, *(tokenizer.tags or ())], device="cpu")
+    not_text = torch.tensor([tokenizer.eos, *tokenizer.tags], device="cpu")
     text_rows = []
     for row in rows:
         target = row.target.masked_fill(torch.isin(row.target, not_text), IGNORE)
@@ -235,14 +219,15 @@ def train(args, start):
     model, tokenizer, rows, held_out = prepare(args, start)
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out_dir).close()  # fails now, not after minutes of training
-    optimizer = make_optimizer(model, args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.1, fused=True)
     first = 0
     if args.resume:
         first = start["step"]
         dcp.set_optimizer_state_dict(model, optimizer, start["optimizer"], options=WHOLE)
 
     # 2) the order of the answers; what a resumed run has had is skipped
-    upcoming = batches([len(row.token) for row in rows], args.batch_size, args.seed)
+    upcoming = batches(rows, args.batch_size, args.seed)
     upcoming = itertools.islice(upcoming, first * args.accumulate, None)
 
     # 3) the loop
@@ -250,11 +235,8 @@ def train(args, start):
     began = time.perf_counter()
     for step in range(first, args.steps):
         lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        step_batches = []
-        for indices in itertools.islice(upcoming, args.accumulate):
-            step_batches.append([rows[i] for i in indices])
+        optimizer.param_groups[0]["lr"] = lr
+        step_batches = list(itertools.islice(upcoming, args.accumulate))
         loss = train_step(model, step_batches, optimizer, args)
         tokens += sum(len(row.token) for batch in step_batches for row in batch)
         done = step + 1

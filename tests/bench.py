@@ -1,8 +1,8 @@
 """Measures ASPD: against serial decoding, and against what the machine can do.
 
-    python tests/bench.py --baseline out-serial                        # the built-in corpus
-    python tests/bench.py --prompts FILE.jsonl --baseline out-serial   # your prompts
-    python tests/bench.py --held-out FILE.jsonl --baseline out-serial  # loss, by place
+    python tests/bench.py --baseline base                        # the built-in corpus
+    python tests/bench.py --prompts FILE.jsonl --baseline base   # your prompts
+    python tests/bench.py --held-out FILE.jsonl --baseline base  # loss, by place
     python tests/bench.py --extract FILE.jsonl                         # what is parallel in a file
     python tests/bench.py --replay FILE.jsonl --shape smollm2-135m     # given answers, any weights
     python tests/bench.py --step --shape qwen2.5-7b                    # a step by width, bandwidth
@@ -27,8 +27,10 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,15 +39,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aspd import (IGNORE, MAX_BRANCHES, TAG_NAMES, BadInput, Block, Row, check, layout, plain,
+from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Row, check, layout, plain,
                   steps, tokenize)
 from data import (Tokenizer, batches, cli, collate, corpus, extract, learn_tokenizer, make_rows,
                   printable, read_objects, read_records, split_held_out)
-from decode import (BRANCH, LM, TEXT_ONLY, TITLE_CAP, Answer, Engine, generate, load,
-                    make_sampling)
+from decode import BRANCH, LM, TEXT_ONLY, TITLE_CAP, Engine, generate, load
 from model import GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, read_checkpoint
 from script import script
-from train import held_out_loss, make_optimizer, train_step
+from train import held_out_loss, train_step
 
 SHAPES = {  # published models, to be filled with random weights; tiny: to try this file
     "tiny": dict(block_size=4096, vocab_size=4096, n_layer=2, n_head=4, n_kv_head=2, n_embd=64,
@@ -183,21 +184,17 @@ def read_prompts(path, limit):
 
 
 def get_model(args, texts, dtype=None):
-    """A model and its tokenizer, with tags, of --ckpt or of a --shape. texts: to learn words
-    from."""
+    """A model and its tokenizer, of --ckpt or of a --shape. texts: to learn words from. A model that
+    never learnt to branch can be fed the tags."""
     dtype = dtype or args.dtype or ("bfloat16" if is_cuda(args.device) else "float32")
     if not args.shape:
         model, tokenizer = read_model(args.ckpt, args.device, dtype)
-        if not tokenizer.tags:  # the model does not know them, but can be fed them
-            tokenizer = tokenizer.with_tags(model.config.vocab_size)
-            model.grow([[0]] * len(TAG_NAMES))
+        model.config.positions = model.config.positions or "aspd"
         return model, tokenizer
     if args.tokenizer:
         tokenizer = Tokenizer(**read_checkpoint(args.tokenizer)["tokenizer"])
     else:
         tokenizer = learn_tokenizer(texts)
-    if not tokenizer.tags:
-        tokenizer = tokenizer.with_tags(tokenizer.vocab_size)
     return random_model(args.shape, tokenizer, args.device, dtype), tokenizer
 
 
@@ -222,8 +219,7 @@ def warm_up(lm, slots, args, widths=WIDTHS):
     if lm.model.owner is not None and len(lm.model.owner) >= 2 * slots:
         lm.model.owner = None  # too large, of a bench before: compiled steps read all of it
     *settings, seed = args.sampling.values()
-    sampling = make_sampling(*settings, lm.device)
-    engine = Engine(lm, "serial", slots - 1, sampling, seed, None)
+    engine = Engine(lm, "serial", slots - 1, settings, seed, None)
     engine.serial([0] * 8)
     for width in widths:
         for _ in range(3):
@@ -234,8 +230,8 @@ def warm_up(lm, slots, args, widths=WIDTHS):
 # ---- comparing sides, answer by answer --------------------------------------
 
 def compare(records, sides, args, judge=None):
-    """Answers every record on every side ({name: function of a record -> Answer}) --repeats
-    times, in turn -> a result a record. judge: function of an answer and its record -> figures."""
+    """Answers every record on every side ({name: function of a record -> its answer})
+    --repeats times, in turn -> a result a record. judge: function of an answer and its record -> figures."""
     results = []
     for n, record in enumerate(tqdm(records, desc="answers", leave=False, disable=None)):
         runs = {name: partial(side, record) for name, side in sides.items()}
@@ -343,7 +339,7 @@ def decoders(args, prompts):
     """The sides for compare(), warm: "aspd" and "branchwise" (--ckpt), "serial" (--baseline); and
     the tokenizer."""
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    check(lm.tokenizer.tags, f"--ckpt {args.ckpt} has no tags, so it is not an ASPD model")
+    check(lm.model.config.positions, f"--ckpt {args.ckpt} is no ASPD model: it cannot branch")
     twin = lm
     if args.baseline:
         twin = load(args.baseline, args.device, args.dtype, args.compile)
@@ -434,7 +430,8 @@ def bench_transformers(args):
                              pad_token_id=stop[0])
         new = [i for i in out[0, ids.size(1):].tolist() if i not in stop]
         text = lm.tokenizer.decode(new)
-        return Answer(record["prompt"], text, "serial", len(new), len(new), 0, 0, [], "", [new])
+        return SimpleNamespace(text=text, mode="serial", tokens=len(new), steps=len(new), seconds=0,
+                               ttft=0, blocks=[], finish="", segments=[new])
 
     longest = max(len(lm.tokenizer.prompt(r["prompt"])) for r in records)
     warm_up(lm, longest + args.max_new_tokens + 1, args, WIDTHS[:1])
@@ -496,7 +493,7 @@ def loss_by_place(model, tokenizer, records, side, args):
     """{place: (mean loss, tokens)} of a side: "aspd", "serial" or "hidden" (serial, as hidden_row
     has it), all cut into the same tokens. A title counts where it is first written."""
     eos, tags = tokenizer.eos, tokenizer.tags
-    not_text = torch.tensor([IGNORE, eos, *(tags or ())], device=args.device)
+    not_text = torch.tensor([IGNORE, eos, *tags], device=args.device)
     found = defaultdict(list)
     for r in tqdm(records, desc="by place", leave=False, disable=None):
         segments, _ = extract(r["response"], r["prompt"])
@@ -528,7 +525,7 @@ def bench_held_out(args):
     for model, _ in sides.values():
         model.config.block_size = min(args.block_size, model.config.block_size)
     ours, tokenizer = sides["aspd"]
-    check(tokenizer.tags, f"--ckpt {args.ckpt} has no tags, so it is not an ASPD model")
+    check(ours.config.positions, f"--ckpt {args.ckpt} is no ASPD model: it cannot branch")
     _, held_out = split_held_out(read_records(args.held_out))
     records = []
     for r in evenly(held_out, args.limit):
@@ -538,7 +535,8 @@ def bench_held_out(args):
 
     losses, by_place = {}, {}
     for side, (model, tokenizer) in sides.items():
-        rows = make_rows(records, tokenizer, model.config, side)
+        positions = ours.config.positions if side == "aspd" else None
+        rows = make_rows(records, tokenizer, replace(model.config, positions=positions))
         losses[side] = held_out_loss(model, rows, tokenizer, args)
         by_place[side] = loss_by_place(model, tokenizer, records, side, args)
     hidden = loss_by_place(*sides["serial"], records, "hidden", args)
@@ -678,10 +676,10 @@ def count_shapes(lm, records, args, padded):
     as where another step is compiled. No model runs here."""
     shapes = set()
 
-    def step(model, allow, fed, choose, u, sampling, n_slots):
-        if fed.size(1) > choose.size(1):
-            shapes.add((fed.size(1), choose.size(1), n_slots))
-        return torch.zeros_like(choose[0]), None
+    def step(model, fed, pick, allowed, u, sampling, n_slots):
+        if fed.size(1) > len(pick):
+            shapes.add((fed.size(1), len(pick), n_slots))
+        return torch.zeros_like(pick), None
 
     counting = copy.copy(lm)
     counting.step = step
@@ -822,8 +820,9 @@ def training_steps(model, args):
     nano = NanoGPT(model).to(args.device)
     print(f"{count(model) / 1e6:.2f}M parameters; the stand-in for nanoGPT "
           f"{(count(nano) - nano.wpe.weight.numel()) / 1e6:.2f}M, positions aside")
-    optimizer = make_optimizer(model, 1e-5)
-    nano_optimizer = make_optimizer(nano, 1e-5)
+    optimizer, nano_optimizer = [
+        torch.optim.AdamW(net.parameters(), 1e-5, weight_decay=0.1, fused=True)
+        for net in (model, nano)]
     autocast = (torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16")
 
     def ours(rows):
@@ -877,12 +876,12 @@ def bench_train(args):
     model.config.block_size = min(args.block_size, model.config.block_size)
     args.dtype = args.dtype or fast_dtype(args.device)
     rows = make_rows(records, tokenizer, model.config)
-    untagged = make_rows(records, tokenizer, model.config, "serial")
+    untagged = make_rows(records, tokenizer, replace(model.config, positions=None))
     check(rows, f"none of the {len(records)} answers fits {model.config.block_size} tokens")
-    order = batches([len(row.token) for row in rows], args.batch_size, seed=0)
+    twins = {id(row): twin for row, twin in zip(rows, untagged, strict=True)}
     made, tokens = [], defaultdict(int)
-    for batch in itertools.islice(order, args.batches):
-        sides = [rows[i] for i in batch], [untagged[i] for i in batch]
+    for batch in itertools.islice(batches(rows, args.batch_size, seed=0), args.batches):
+        sides = batch, [twins[id(row)] for row in batch]
         made.append(training_batches(*sides, args.device))
         tokens["aspd"] += sum(len(row.token) for row in sides[0])
         tokens["untagged"] += sum(len(row.token) for row in sides[1])

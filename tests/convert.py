@@ -25,6 +25,8 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -158,6 +160,20 @@ def load_weights(model, folder, dtype=None):
         model.load_state_dict(weights, assign=True)
 
 
+@torch.no_grad()
+def grow(model, groups):
+    """For new tokens: appends a row to embedding and head for every list of ids in groups, the mean
+    of their rows. Then rows of zeros, up to a multiple of 64, for speed."""
+    rows = model.config.vocab_size
+    model.config.vocab_size = math.ceil((rows + len(groups)) / 64) * 64
+    embedding = model.model.embed_tokens
+    for table in [embedding] if model.config.tied else [embedding, model.lm_head]:
+        weight = F.pad(table.weight, (0, 0, 0, model.config.vocab_size - rows))
+        for new, ids in enumerate(groups, start=rows):
+            weight[new] = weight[ids].mean(0)
+        table.weight = nn.Parameter(weight)
+
+
 # ---- the tokenizer ----------------------------------------------------------
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -168,13 +184,17 @@ DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in VISIBLE]
 TO_BYTE = {chr(b): b for b in VISIBLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
+# Tag i of TAG_NAMES starts as the mean of the tokens of TAG_WORDS[i], in the embedding and in the
+# head. Answers hardly ever have these words, so a new tag starts out as improbable as they are.
+TAG_WORDS = [tag + end for tag in (" headline", " parallel", " branch") for end in ("", " closed")]
 SENTENCEPIECE = "is not supported: SentencePiece joins characters by scores, tiktoken bytes by rank"
 
 
 def published_tokenizer(folder, vocab_size, system=None):
-    """The tokenizer of a folder -> Tokenizer, without tags; {text: id} of its added tokens; notes
-    on its chat form, a list. vocab_size: rows of the embedding; a byte that the vocabulary lacks
-    has an id behind them. system: the text that prompts shall have; None: the template's own."""
+    """The tokenizer of a folder -> Tokenizer; {text: id} of its added tokens; notes on its chat
+    form, a list. vocab_size: rows of the embedding; behind them are the ids of the bytes that the
+    vocabulary lacks, and then of the tags. system: the text that prompts shall have; None: the
+    template's own."""
     path = folder / "tokenizer.json"
     check(path.exists() or not (folder / "tokenizer.model").exists(),
           f"{folder}: tokenizer.model without tokenizer.json {SENTENCEPIECE}")
@@ -195,6 +215,8 @@ def published_tokenizer(folder, vocab_size, system=None):
         check(last < vocab_size, f"the id {last}, but config.json has vocab_size = {vocab_size}")
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         ranks |= {byte: i for i, byte in enumerate(lacking, start=vocab_size)}
+        first_tag = vocab_size + len(lacking)
+        tags = [*range(first_tag, first_tag + len(TAG_WORDS))]
 
     path = folder / "tokenizer_config.json"
     config = read_json(path)
@@ -209,7 +231,7 @@ def published_tokenizer(folder, vocab_size, system=None):
             chat, notes = plain_form(t["post_processor"], added, system)
     ends = more_ends(folder, vocab_size)
     with naming(f"{folder}/tokenizer.json: pattern {pattern!r}"):
-        tokenizer = Tokenizer(pattern, ranks, added[eos], stop=ends, chat=chat)
+        tokenizer = Tokenizer(pattern, ranks, added[eos], tags, ends, chat)
         every = "".join(map(chr, [*range(0xd800), *range(0xe000, 0x110000, 97)]))
         check(tokenizer.decode(tokenizer.encode(every)) == every, "leaves text out")
     return tokenizer, added, notes
@@ -420,24 +442,25 @@ def convert(folder, out, system=None, dtype=None):
     with naming(path), torch.device("meta"):
         model = GPT(published_config(read_json(path)))
     c = model.config
+    c.positions = None  # it has not learnt to branch
     size = c.vocab_size
     tokenizer, added, notes = published_tokenizer(path.parent, size, system)
     load_weights(model, path.parent, dtype)
     known = [i for i, token in tokenizer.bytes.items() if len(token) == 1 and i < size]
     lacking = 256 - len(known)
-    if lacking:
-        model.grow([known] * lacking)  # a row for each, the mean of the other bytes'
+    weights = list(model.parameters())
+    # A lacking byte starts as the mean of the other bytes.
+    grow(model, [known] * lacking + [tokenizer.encode(words) for words in TAG_WORDS])
     save_checkpoint(out, config=vars(c), tokenizer=tokenizer.settings, model=model.state_dict())
 
     texts = {i: text for text, i in added.items()}
     ends = [f"{i} {texts.get(i)}" for i in sorted(tokenizer.stop)]
-    weights = list(model.parameters())
     types = sorted({str(weight.dtype) for weight in weights})
     return [
         f"{c.n_layer} layers of {c.n_embd} channels, {c.n_head} heads of {c.head_size} "
         f"({c.n_kv_head} for keys), context {c.block_size}",
         f"{sum(map(torch.numel, weights)):,} weights in {', '.join(types)}",
-        f"{size} tokens, and {lacking} for bytes that the vocabulary lacks",
+        f"{size} tokens, {lacking} for bytes that the vocabulary lacks, {len(TAG_WORDS)} tags",
         f"chat form: {write(tokenizer.chat, added, '{prompt}')!r}",
         f"an answer ends with: {', '.join(ends)}", *notes]
 

@@ -87,10 +87,9 @@ EXERCISES = [
               "test_limit_of_a_high_temperature_is_any_allowed_token_alike"]),
     Exercise("data.make_titles", "the fewest words that tell a branch what it is about", """
         Every title token is a step in which nothing else is written. A title is how a part starts,
-        its marker included, so that the branch can go on from it. A label of one or two words is a
-        title; of a longer one, or of none, take the fewest words with which no other part starts.
-        The first line alone counts, and of it 80 characters.
-        """, ["test_title_is_the_label_or_the_fewest_words_that_tell_the_part_apart",
+        its marker included, so that the branch can go on from it: take the fewest words with which
+        no other part starts. The first line alone counts, and of it 80 characters.
+        """, ["test_title_is_the_fewest_words_that_tell_the_part_apart",
               "test_titles_are_short"]),
     Exercise("aspd.layout", "one row for training and decoding (sections 3.2 and 3.3)", """
         Keep what `python aspd.py` prints before you start. List the tokens that the engine forces:
@@ -114,9 +113,10 @@ EXERCISES = [
 QUESTIONS = """
 Open questions: there is no right answer, but a measurement that judges yours.
 
-Shorter titles. A title token is a serial step, but a branch that does not know what it is about
-    goes wrong. Change make_titles and LABEL_WORDS in data.py. Judge: the ideal speedup of `python
-    data.py FILE`; then, trained anew, the facts in `python tests/bench.py --baseline out-serial`.
+Longer titles. A title token is a serial step, but a branch that does not know what it is about
+    goes wrong. Let make_titles in data.py take whole labels, up to their colon. Judge: the ideal
+    speedup of `python data.py FILE`; then, trained anew on answers of a chat model, the held-out
+    loss in later branches: `python tests/bench.py --held-out FILE --baseline base`.
 
 Another language. The patterns that read words (CONCLUSION, POINTS, INSTRUCTION, LEFT, COUNTED) know
     English, and a little Chinese. Label the blocks of a hundred answers in yours, and write the
@@ -143,7 +143,7 @@ No repeated title. A branch begins with its title once more, though the title st
     block. Let <|branch|> alone be the prefix, in layout, steps and Engine. What must then tell a
     branch which one it is, since all of them start at one position and see the same? Judge:
     `python -m pytest -k one_masked_forward`; then, trained anew, the passes and the facts in
-    `python tests/bench.py --baseline out-serial`, beside those of the repeated titles.
+    `python tests/bench.py --baseline base`, beside those of the repeated titles.
 
 Two answers in one cache. `owner` hides branches from each other: let it hide two whole answers,
     one slot after the other in turn, so that every pass feeds a token of each. What is shared

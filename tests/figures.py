@@ -1,7 +1,7 @@
 """Draws the README's pictures, as SVG, from decodes and from what tests/bench.py has measured.
 
-    python tests/bench.py --baseline out-serial --json tests/results/builtin.json
-    python tests/figures.py --ckpt out --baseline out-serial
+    python tests/bench.py --baseline base --json tests/results/builtin.json
+    python tests/figures.py --ckpt out --baseline base
 
 row.svg    the row of a small answer: its tokens, positions and mask
 race.svg   one real answer being written, serial and parallel, pass by pass; it moves

@@ -11,8 +11,7 @@ from aspd import Block, Branch, tokenize
 from data import PATTERN, Tokenizer, cli
 from model import GPT, GPTConfig, save_checkpoint
 
-UNTAGGED = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, eos=256)
-TOKENIZER = UNTAGGED.with_tags(257)
+TOKENIZER = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, eos=256, tags=(*range(257, 263),))
 ALPHABET = ["a", "b ", "7", "\n", " \n\n", "é", "漢字", "\U0001f600", "e\u0301", "\x00", "{prompt}", "<|branch|>",
             "<|/title|>", "<|im_end|>", "<|endoftext|>"]
 

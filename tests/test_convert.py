@@ -21,8 +21,8 @@ import convert
 import decode
 import train
 from aspd import BadInput
-from convert import (SENTENCEPIECE, load_weights, published_config, published_tokenizer, read_json,
-                     read_safetensors)
+from convert import (SENTENCEPIECE, TAG_WORDS, grow, load_weights, published_config,
+                     published_tokenizer, read_json, read_safetensors)
 from data import PATTERN, Tokenizer, cli, corpus, learn_tokenizer
 from helpers import write_answers
 from model import GPT, read_checkpoint, rope, save_checkpoint
@@ -30,6 +30,7 @@ from published_helpers import (BYTE_LEVEL, FLAGS, HEADERS, MERGES, QWEN, QWEN25,
                                TEMPLATES, THINKING, publish, published_weights, split, write_chat,
                                write_raw, write_safetensors, write_tokenizer)
 from published_helpers import published_config as config_json
+from test_gpt import tiny
 
 ROOT = Path(__file__).parent.parent
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
@@ -351,9 +352,58 @@ def test_a_git_lfs_pointer_says_what_to_do(tmp_path, name):
     assert name in message and "git lfs pull" in message
 
 
+# ---- rows for new tokens ----------------------------------------------------
+
+def tables(model):
+    """Embedding and head, or the one that is both."""
+    head = [] if model.config.tied else [model.lm_head.weight]
+    return [model.model.embed_tokens.weight, *head]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_growing_appends_rows_at_the_mean_of_the_given_ones_and_keeps_the_others(tied):
+    """64 in all; embedding and head alike. Old tokens keep their logits, new ones start with the
+    mean logit of theirs."""
+    model = tiny(tied=tied)
+    before = [table.clone() for table in tables(model)]
+    logits = forward(model, PROMPT)
+    groups = [[1, 2], [5], [1, 2, 3, 4], [7, 7, 9], [0, 37], list(range(40))]
+    grow(model, groups)
+    assert model.config.vocab_size == 64
+    after = forward(model, PROMPT)
+    assert after.shape == (5, 64)
+    for old, new in zip(before, tables(model)):
+        assert new.shape == (64, 16)
+        assert torch.equal(new[:40], old)
+        for i, words in enumerate(groups, start=40):
+            assert torch.allclose(new[i], old[words].mean(0), rtol=1e-12, atol=1e-12)
+        assert not new[46:].any()
+    assert torch.allclose(after[:, :40], logits, rtol=1e-12, atol=1e-12)
+    for i, words in enumerate(groups, start=40):
+        assert torch.allclose(after[:, i], logits[:, words].mean(-1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tags_start_at_the_mean_of_their_words(tmp_path, tied):
+    """In the embedding and in the head, behind all published rows, of which none changes."""
+    folder = complete(tmp_path, tie_word_embeddings=tied)
+    convert.convert(folder, tmp_path / "out")
+    state = read_checkpoint(tmp_path / "out")
+    tokenizer = Tokenizer(**state["tokenizer"])
+    assert tokenizer.tags == tuple(range(512, 518)) and state["config"]["positions"] is None
+    assert len(set(TAG_WORDS)) == len(tokenizer.tags)
+    published = read_safetensors(folder / "model.safetensors")
+    for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not tied):
+        old = published[name]
+        new = state["model"][name]
+        assert torch.equal(new[:512], old)
+        for tag, words in zip(tokenizer.tags, TAG_WORDS):
+            assert torch.allclose(new[tag], old[tokenizer.encode(words)].mean(0))
+
+
 # ---- the tokenizer itself: data.py's ----------------------------------------
 
-BYTES = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, eos=256).with_tags(257)
+BYTES = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, eos=256, tags=range(257, 263))
 TAGS = ("<|title|> <|/title|> <|para|> <|/para|> <|branch|> <|/branch|> <|endoftext|> <|im_end|> "
         "<eos>").split()
 
@@ -442,7 +492,7 @@ def test_ids_are_those_of_the_tokenizers_library(tmp_path, name):
     assert tokenizer.encode(text) == IDS[name]
     special = {tokenizer.eos - 2, tokenizer.eos - 1, tokenizer.eos}
     assert not special & {*IDS[name], *tokenizer.bytes}, "no text becomes a special token"
-    assert tokenizer.tags is None
+    assert tokenizer.tags == tuple(range(V, V + 6)), "behind the embedding"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "qwen2", "llama3"])
@@ -495,7 +545,7 @@ def test_bytes_that_a_vocabulary_lacks_get_rows(tmp_path):
     write_tokenizer(folder, "smollm2", change=change)
     before = from_published(folder)
     report = convert.convert(folder, tmp_path / "out")
-    assert "400 tokens, and 3 for bytes that the vocabulary lacks" in report
+    assert "400 tokens, 3 for bytes that the vocabulary lacks, 6 tags" in report
     lm = decode.load(tmp_path / "out")
     text = "a\x00b\x01 \U0001f600c \u00e9"
     ids = lm.tokenizer.encode(text)
@@ -513,24 +563,23 @@ def test_bytes_that_a_vocabulary_lacks_get_rows(tmp_path):
 def test_a_vocabulary_may_be_padded_but_not_too_small(tmp_path):
     size = 256 + len(MERGES) + len(SPECIALS)
     write_tokenizer(tmp_path)
-    assert tokenizer_of(tmp_path, size).vocab_size == size
+    assert tokenizer_of(tmp_path, size).tags[0] == size
     message = refusal(tokenizer_of, tmp_path, size - 1)
     assert f"the id {size - 1}" in message and f"vocab_size = {size - 1}" in message
 
 
 def test_checkpoint_restores_the_tokenizer(tmp_path):
-    """Ranks that are not text, tags or none, a chat form with ids, all ends."""
+    """Ranks that are not text, a chat form with ids, all ends."""
     write_tokenizer(tmp_path, "qwen2", QWEN25, added=THINKING)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [277, 275]}')
-    published = tokenizer_of(tmp_path)
-    for tokenizer in (published, published.with_tags(V)):
-        save_checkpoint(tmp_path, tokenizer=tokenizer.settings)
-        again = Tokenizer(**read_checkpoint(tmp_path)["tokenizer"])
-        assert again.settings == tokenizer.settings and again.vocab_size == tokenizer.vocab_size
-        assert again.tags == tokenizer.tags and again.stop == tokenizer.stop == {275, 277}
-        for text in (SAMPLE, "<|branch|>\ud800<tool_call>"):
-            assert again.encode(text) == tokenizer.encode(text)
-            assert again.prompt(text) == tokenizer.prompt(text)
+    tokenizer = tokenizer_of(tmp_path)
+    save_checkpoint(tmp_path, tokenizer=tokenizer.settings)
+    again = Tokenizer(**read_checkpoint(tmp_path)["tokenizer"])
+    assert again.settings == tokenizer.settings and again.vocab_size == tokenizer.vocab_size
+    assert again.tags == tokenizer.tags and again.stop == tokenizer.stop == {275, 277}
+    for text in (SAMPLE, "<|branch|>\ud800<tool_call>"):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.prompt(text) == tokenizer.prompt(text)
 
 
 # ---- published tokenizers: what is refused ----------------------------------
@@ -877,7 +926,7 @@ def test_the_command_says_what_it_made(tmp_path):
     assert done.returncode == 0, done.stderr
     for line in ("2 layers of 16 channels, 4 heads of 8 (2 for keys), context 512",
                  "13,680 weights in torch.bfloat16",
-                 "512 tokens, and 0 for bytes that the vocabulary lacks",
+                 "512 tokens, 0 for bytes that the vocabulary lacks, 6 tags",
                  r"chat form: '<|im_start|>system\nBe {brief}.<|im_end|>\n<|im_start|>user\n"
                  r"{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'",
                  "ends with: 275 <|endoftext|>, 277 <|im_end|>", "enable_thinking=False"):
@@ -886,7 +935,7 @@ def test_the_command_says_what_it_made(tmp_path):
     assert last == f"Next: python decode.py --ckpt '{tmp_path}/a b' --prompt TEXT"
     lm = decode.load(tmp_path / "a b")
     expected = forward(from_published(folder, torch.float32), PROMPT)
-    assert torch.allclose(forward(lm.model, PROMPT), expected, rtol=1e-5)
+    assert torch.allclose(forward(lm.model, PROMPT)[:, :512], expected, rtol=1e-5)
     answer = decode.generate(lm, "Why?", max_new_tokens=5)
     assert answer.mode == "serial" and answer.tokens <= 5
 

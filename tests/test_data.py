@@ -76,18 +76,18 @@ def test_every_answer_of_a_conversation_has_the_user_turn_before_it(read):
     assert read(chat(*turns)) == ([("a", "A"), ("b", "B")], "")
 
 
-def test_ids_tell_the_answers_of_a_conversation_apart(tmp_path):
+def test_answers_have_the_id_of_their_record_or_its_number(tmp_path):
     path = tmp_path / "answers.jsonl"
     turns = [("human", "a"), ("gpt", "A"), ("human", "b"), ("gpt", "B")]
     path.write_text(as_lines([chat(*turns, id="x"), chat(*turns), chat(*turns[:2], id="y"), chat(*turns[:2])]))
-    assert [r["id"] for r in read_records(path)] == ["x", "x-1", 1, "1-1", "y", 3]
+    assert [r["id"] for r in read_records(path)] == ["x", "x", 1, 1, "y", 3]
 
 
-def test_alpaca_input_and_small_fields_are_kept(tmp_path):
+def test_alpaca_input_joins_the_prompt_and_all_fields_are_kept(tmp_path):
     path = tmp_path / "alpaca.jsonl"
-    small = {"id": 7, "category": "c", "model": "m", "facts": ["f"]}
-    path.write_text(json.dumps({"instruction": "Sort.", "input": "b a", "output": "a b", "other": 1, **small}))
-    assert list(read_records(path)) == [{"prompt": "Sort.\n\nb a", "response": "a b", **small}]
+    record = {"instruction": "Sort.", "input": "b a", "output": "a b", "id": 7, "category": "c", "facts": ["f"]}
+    path.write_text(json.dumps(record))
+    assert list(read_records(path)) == [{"prompt": "Sort.\n\nb a", "response": "a b", **record}]
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan")])
@@ -96,7 +96,8 @@ def test_null_and_nan_mean_not_given(tmp_path, nothing):
     path = tmp_path / "answers.jsonl"
     fields = dict.fromkeys(("id", "category", "model", "facts", "input", "conversations", "messages"), nothing)
     path.write_text(as_lines([{"instruction": "i", "output": "o", **fields}]))
-    assert list(read_records(path)) == [{"id": 0, "prompt": "i", "response": "o"}]
+    assert list(read_records(path)) == [
+        {"id": 0, "prompt": "i", "response": "o", "instruction": "i", "output": "o"}]
     path.write_text(as_lines([{"prompt": "p", "category": nothing}]))
     assert list(read_objects(path)) == [{"prompt": "p"}]
 
@@ -268,25 +269,25 @@ def test_a_handful_of_answers_can_be_split(n):
 
 
 def test_serial_twins_leave_out_the_same_answers():
-    """Both modes train on the same answers; a serial row holds its answer's ids and nothing else. Also without tags."""
+    """Both train on the same answers; a serial row holds its answer's ids and nothing else."""
     records = corpus(40) + [{"prompt": "p", "response": "word " * 500}]
     config = GPTConfig(block_size=1200)
     tagged = make_rows(records, TOKENIZER, config)
     assert 0 < len(tagged) < len(records) and max(len(r.token) for r in tagged) <= 1200
     assert any(r.block.any() for r in tagged)
-    for tokenizer in (TOKENIZER, Tokenizer(**TOKENIZER.settings | {"tags": None})):
-        serial = make_rows(records, tokenizer, config, "serial")
-        assert len(serial) == len(tagged) and not any(r.block.any() for r in serial)
-        texts = [tokenizer.decode(r.target[r.target >= 0].tolist()) for r in serial]
-        assert set(texts) < {r["response"] for r in records}
+    serial = make_rows(records, TOKENIZER, GPTConfig(block_size=1200, positions=None))
+    assert len(serial) == len(tagged) and not any(r.block.any() for r in serial)
+    texts = [TOKENIZER.decode(r.target[r.target >= 0].tolist()) for r in serial]
+    assert set(texts) < {r["response"] for r in records}
 
 
 def test_batches_depend_on_the_seed_alone_and_miss_nothing():
-    lengths = [i % 50 for i in range(203)]
+    rows = [layout([0] * (i % 50 + 1), [], i) for i in range(203)]
     per_epoch = -(-203 // 8)
 
     def take(seed, n):
-        return list(itertools.islice(batches(lengths, 8, seed), n))
+        taken = itertools.islice(batches(rows, 8, seed), n)
+        return [[row.target[-1].item() for row in batch] for batch in taken]
 
     first, second = take(1, 2 * per_epoch)[:per_epoch], take(1, 2 * per_epoch)[per_epoch:]
     for epoch in (first, second):
@@ -295,7 +296,7 @@ def test_batches_depend_on_the_seed_alone_and_miss_nothing():
     assert first != second and take(1, 9) == take(1, 9) and take(1, 9) != take(2, 9)
     together = [set(batch) for epoch in (first, second) for batch in epoch if 0 in batch]
     assert together[0] != together[1], "in other company every epoch"
-    assert next(batches([5], 8, 0)) == [0]
+    assert next(batches(rows[:1], 8, 0)) == rows[:1]
 
 
 @pytest.mark.parametrize("size", [4, 16])
@@ -303,8 +304,8 @@ def test_less_than_a_tenth_of_what_is_fed_is_padding(size):
     tokenizer = learn_tokenizer(r["response"] for r in corpus(100))
     rows = make_rows(corpus(640), tokenizer, GPTConfig())
     fed = 0
-    for batch in itertools.islice(batches([len(r.token) for r in rows], size, 0), len(rows) // size):
-        fed += collate([rows[i] for i in batch])[0].numel()
+    for batch in itertools.islice(batches(rows, size, 0), len(rows) // size):
+        fed += collate(batch)[0].numel()
     assert 1 - sum(len(r.token) for r in rows) / fed < 0.10
 
 

@@ -23,7 +23,7 @@ from aspd import (IGNORE, MAX_BRANCHES, POSITIONS, Block, Branch, branch_mask, c
                   layout, plain, steps, tokenize)
 from data import Tokenizer, learn_tokenizer
 from decode import (AFTER_TITLE, BRANCH, LM, MODES, SERIAL, TEXT_ONLY, TITLE, TITLE_CAP,
-                    TITLE_START, make_sampling, sample)
+                    TITLE_START, sample)
 from helpers import TOKENIZER, random_ids, random_text
 from model import GPT, GPTConfig, save_checkpoint
 from script import script
@@ -31,7 +31,6 @@ from script import script
 TAGS = TOKENIZER.tags
 EOS = TOKENIZER.eos
 ALSO_ENDS = TOKENIZER.vocab_size  # a second id that ends an answer, of the tokenizer TWO_ENDS
-UNTAGGED = Tokenizer(**TOKENIZER.settings | {"tags": None})
 TWO_ENDS = Tokenizer(**TOKENIZER.settings | {"stop": (EOS, ALSO_ENDS)})
 MIN_BRANCH = 8  # what the design promises, whatever decode.py says
 X, Y, Z = b"xyz"
@@ -89,11 +88,10 @@ def record(lm):
     lm.passes = []
 
     def recording(step):
-        def recorder(model, allow, feed, choose, u, sampling, seen):
-            chosen, logits = step(model, allow, feed, choose, u, sampling, seen)
+        def recorder(model, feed, pick, allowed, u, sampling, seen):
+            chosen, logits = step(model, feed, pick, allowed, u, sampling, seen)
             mask = cache_mask(feed[3], feed[2], model.owner[:seen])
-            pick = choose[0].tolist()
-            lm.passes.append(Pass(feed.t().tolist(), mask, pick, logits, chosen.tolist()))
+            lm.passes.append(Pass(feed.t().tolist(), mask, pick.tolist(), logits, chosen.tolist()))
             return chosen, logits
         return recorder
 
@@ -103,22 +101,25 @@ def record(lm):
     return lm
 
 
+def state_of(allowed):
+    """The state of the grammar that a row of LM.allow belongs to."""
+    return allowed.storage_offset() // len(allowed)
+
+
 def puppet(lm, choose, thinks=False):
-    """Lets choose(states, branches) choose the tokens of a pass, which the grammar must allow. A
+    """Lets choose(state, branches) choose the tokens of a pass, which the grammar must allow. A
     None leaves the choice to the model. thinks: the model runs all the same."""
     def pulled(real):
-        def step(model, allow, feed, choices, u, sampling, seen):
-            pick, states = choices.tolist()
+        def step(model, feed, pick, allowed, u, sampling, seen):
             chosen = [0] * len(pick)
             logits = None
             if thinks:
-                chosen, logits = real(model, allow, feed, choices, u, sampling, seen)
+                chosen, logits = real(model, feed, pick, allowed, u, sampling, seen)
                 chosen = chosen.tolist()
-            branches = [branch for branch in feed[2][choices[0]].tolist() if branch >= 0]
-            wanted = choose(states[:len(branches)], branches)
+            branches = [branch for branch in feed[2][pick].tolist() if branch >= 0]
+            wanted = choose(state_of(allowed), branches)
             tokens = [own if token is None else token for token, own in zip(wanted, chosen)]
-            for state, token in zip(states, tokens):
-                assert allow[state, token], "the grammar allows it"
+            assert allowed[tokens].all(), "the grammar allows it"
             return torch.tensor(tokens + chosen[len(tokens):]), logits
         return step
 
@@ -131,9 +132,9 @@ def puppet(lm, choose, thinks=False):
 def by_state(**tokens):
     """A chooser with one token a state of the grammar, given by name: an id, an iterator of ids, or
     for branches a tuple of one of these a branch."""
-    def choose(states, branches):
+    def choose(state, branches):
         found = []
-        for state, branch in zip(states, branches):
+        for branch in branches:
             wanted = tokens[NAMES[state]]
             if isinstance(wanted, tuple):
                 wanted = wanted[branch - 1]
@@ -154,7 +155,7 @@ def told(ids, lm=None):
     """A puppet that writes this tokenised answer; its model thinks only where it is given."""
     passes = iter(script(ids, TAGS, EOS))
 
-    def choose(states, branches):
+    def choose(state, branches):
         return next(passes)
 
     return puppet(lm or random_lm(n_layer=1, block_size=4096), choose, thinks=bool(lm))
@@ -375,7 +376,7 @@ def test_blocks_of_many_branches_one_far_longer_equal_one_masked_forward(positio
 def test_adaptive_equals_branchwise(temperature):
     """Token for token, greedy and sampled, in as many passes or fewer."""
     blocks = 0
-    for seed in range(4):
+    for seed in range(6):
         lm = fond(seed=seed)
         options = dict(temperature=temperature, seed=seed, max_new_tokens=400)
         together = generate(lm, "two tips", "adaptive", **options)
@@ -410,7 +411,6 @@ def trained():
     """An LM in float64 that has learnt the answers above by heart, under the branch mask."""
     texts = [prompt + join(segments) for prompt, segments in LEARNT.items()]
     tokenizer = learn_tokenizer(texts)
-    tokenizer = tokenizer.with_tags(tokenizer.vocab_size)
     torch.manual_seed(0)
     model = GPT(GPTConfig(1024, tokenizer.vocab_size, 2, 4, 2, 64, 128, head_size=16))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -447,11 +447,11 @@ def test_trained_weights_open_blocks_by_themselves_and_keep_the_invariants(train
 # ---- fuzz -------------------------------------------------------------------
 
 @cache
-def fuzz_lm(dtype, tokenizer, seed):
+def fuzz_lm(dtype, seed):
     """Tiny weights that many decodes share, and with them a cache full of what the last one
     left."""
     shape = dict(n_layer=1, n_embd=16, n_head=2, n_kv_head=1)
-    return record(random_lm(dtype, seed, tokenizer=tokenizer, **shape))
+    return record(random_lm(dtype, seed, **shape))
 
 
 def random_options(rng):
@@ -473,10 +473,10 @@ def fuzz(seed):
     rng = random.Random(seed)
     dtype = rng.choice((torch.float64, torch.float32))
     tagged = rng.random() < 0.95
-    lm = fuzz_lm(dtype, TOKENIZER if tagged else UNTAGGED, rng.randrange(3))
+    lm = fuzz_lm(dtype, rng.randrange(3))
     context = rng.choice((40, 64, 96, 256, 400, 500, 500, 800))
     lm.model.config.block_size = context
-    lm.model.config.positions = rng.choice(list(POSITIONS))
+    lm.model.config.positions = rng.choice(list(POSITIONS)) if tagged else None
     fondness = rng.choice((0, 2, 3, 4, 5, 6))
     ends = ("title_end", "para", "branch_end")
     likes = {name: rng.choice((0, 0.6, 1)) * fondness for name in ends}
@@ -536,9 +536,8 @@ def test_grammar_allows_exactly_what_the_design_says():
     """For a tokenizer with holes, two ids that end an answer, and a padded vocabulary; ids without
     a token are allowed nowhere."""
     ranks = {bytes([b]): 2 * b for b in range(256)}
-    bare = Tokenizer(TOKENIZER.settings["pattern"], ranks, eos=777, stop=(778,))
-    tagged = bare.with_tags(779)
-    tags = tagged.tags
+    tokenizer = Tokenizer(TOKENIZER.settings["pattern"], ranks, 777, range(779, 785), stop=(778,))
+    tags = tokenizer.tags
     text = set(range(0, 512, 2))
     stop = {777, 778}
     assert set(tags) == set(range(779, 785))
@@ -546,23 +545,22 @@ def test_grammar_allows_exactly_what_the_design_says():
         TEXT_ONLY: text | stop, SERIAL: text | stop | {tags.title}, TITLE_START: text,
         TITLE: text | {tags.title_end}, AFTER_TITLE: {tags.title, tags.para},
         BRANCH: text | stop | {tags.branch_end}}
-    allow = decode.grammar(tagged, 800)
+    allow = decode.grammar(tokenizer, 800)
     assert allow.shape == (6, 800)
     names = ("TEXT_ONLY", "SERIAL", "TITLE_START", "TITLE", "AFTER_TITLE", "BRANCH")
     for name, (state, ids) in zip(names, expected.items(), strict=True):
         found = set(allow[state].nonzero()[:, 0].tolist())
         assert found == ids, f"{name} lacks {sorted(ids - found)}, must not have {sorted(found - ids)}"
-    assert set(decode.grammar(bare, 800)[TEXT_ONLY].nonzero()[:, 0].tolist()) == text | stop
 
 
 def states_asked(lm, **options):
-    """An answer, and the grammar states that its passes choose in."""
+    """An answer, and the grammar states that its passes choose in, one for each choice."""
     asked = []
     step = lm.step
 
-    def asking(*args):
-        asked.append(args[3][1].tolist())
-        return step(*args)
+    def asking(model, feed, pick, allowed, *others):
+        asked.append([state_of(allowed)] * len(pick))
+        return step(model, feed, pick, allowed, *others)
 
     lm.step = asking
     return generate(lm, "p", **options), asked
@@ -579,7 +577,7 @@ def test_engine_asks_in_the_state_of_the_grammar():
     assert asked == [[SERIAL], [SERIAL], [SERIAL], *titles, *block, [SERIAL], [SERIAL]]
     assert states_asked(told([[X]]), mode="serial")[1] == [[TEXT_ONLY]] * 2
     assert states_asked(told([[X]]), max_new_tokens=100)[1] == [[TEXT_ONLY]] * 2, "no room"
-    assert states_asked(told([[X]], random_lm(tokenizer=UNTAGGED)))[1] == [[TEXT_ONLY]] * 2
+    assert states_asked(told([[X]], random_lm(positions=None)))[1] == [[TEXT_ONLY]] * 2
 
 
 @pytest.mark.parametrize("wish,block", [
@@ -680,8 +678,11 @@ def test_quota_does_not_depend_on_siblings(mode):
 # ---- sampling ---------------------------------------------------------------
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """sample() with generate()'s defaults."""
-    return sample(logits, u, make_sampling(temperature, top_k, top_p, "cpu"))
+    """sample() with the settings of generate(), as the Engine gives them to it."""
+    lm = mock.Mock(device="cpu")
+    lm.model.config.vocab_size = logits.size(-1)
+    engine = decode.Engine(lm, "serial", 8, (temperature, top_k, top_p), 0, None)
+    return sample(logits, u, *engine.sampling)
 
 
 def probabilities(logits, temperature, top_k, top_p):
@@ -850,10 +851,10 @@ def test_setting_out_of_range_is_refused_by_name_before_any_pass(message):
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "branchwise"])
-def test_checkpoint_without_tags_decodes_serially_alone(mode):
-    lm = random_lm(tokenizer=UNTAGGED)
+def test_model_that_never_learnt_to_branch_decodes_serially_alone(mode):
+    lm = random_lm(positions=None)
     assert generate(lm, "p", max_new_tokens=5).mode == "serial"
-    with pytest.raises(ValueError, match=f"without tags.*{mode}"):
+    with pytest.raises(ValueError, match=f"{mode}.*never learnt to branch"):
         generate(lm, "p", mode)
 
 

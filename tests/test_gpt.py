@@ -1,5 +1,4 @@
-"""The model by itself: attention, positions, the cache, growing. (Published folders:
-test_convert.)"""
+"""The model by itself: attention, positions, the cache. (Published folders: test_convert.)"""
 import pytest
 import torch
 from torch.nn import functional as F
@@ -165,46 +164,6 @@ def test_a_packed_layer_is_the_same_product(dtype, error, rows, bias):
     with torch.no_grad():
         layer.weight.zero_()
     assert layer(x).requires_grad and not (layer(x) - (layer.bias if bias else 0)).any()
-
-
-def tables(model):
-    """Embedding and head, or the one that is both."""
-    head = [] if model.config.tied else [model.lm_head.weight]
-    return [model.model.embed_tokens.weight, *head]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_grow_appends_rows_at_the_mean_of_the_given_ones_and_keeps_the_others(tied):
-    """64 in all; embedding and head alike. Old tokens keep their logits, new ones start with the
-    mean logit of theirs."""
-    model = tiny(tied=tied)
-    before = [table.clone() for table in tables(model)]
-    logits = forward(model, PROMPT)
-    groups = [[1, 2], [5], [1, 2, 3, 4], [7, 7, 9], [0, 37], list(range(40))]
-    model.grow(groups)
-    assert model.config.vocab_size == 64
-    after = forward(model, PROMPT)
-    assert after.shape == (5, 64)
-    for old, new in zip(before, tables(model)):
-        assert new.shape == (64, 16)
-        assert torch.equal(new[:40], old)
-        for i, words in enumerate(groups, start=40):
-            assert torch.allclose(new[i], old[words].mean(0), rtol=1e-12, atol=1e-12)
-        assert not new[46:].any()
-    assert torch.allclose(after[:, :40], logits, rtol=1e-12, atol=1e-12)
-    for i, words in enumerate(groups, start=40):
-        assert torch.allclose(after[:, i], logits[:, words].mean(-1), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_grown_rows_are_trained_like_the_others(tied):
-    """They are parameters of the model, and their gradients arrive."""
-    model = tiny(tied=tied).requires_grad_(True)
-    model.grow([[1, 2], [3]])
-    F.cross_entropy(forward(model, PROMPT + [40]), torch.tensor(PROMPT[1:] + [40, 41])).backward()
-    parameters = {id(p) for p in model.parameters()}
-    for table in tables(model):
-        assert id(table) in parameters and table.grad[40].any()
 
 
 def test_parameters_are_those_of_the_published_shape():
