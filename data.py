@@ -330,8 +330,7 @@ def collate(rows, device="cpu"):
     T = math.ceil(max(len(row.token) for row in rows) / 16) * 16
 
     def padded(name, fill=0):
-        columns = [getattr(row, name) for row in rows]
-        columns = [F.pad(column, (0, T - len(column)), value=fill) for column in columns]
+        columns = [F.pad(getattr(r, name), (0, T - len(r.token)), value=fill) for r in rows]
         return torch.stack(columns).to(device)
 
     mask = branch_mask(padded("block"), padded("branch"))
@@ -408,9 +407,9 @@ def read_answers(record, left_out):
 
 
 def read_records(path):
-    """The {"id", "prompt", "response", ...} of every answer of a file, a list; the id is that of its
-    record, or the record's number. Says on stderr what was left out. BadInput for a file without an
-    answer, and for what is not JSON."""
+    """The {"id", "prompt", "response", ...} of every answer of a file, a list; the record's own id,
+    or its number. Says on stderr what was left out. BadInput for a file without an answer, and for
+    what is not JSON."""
     records = []
     left_out = Counter()
     for n, r in enumerate(read_objects(path)):

@@ -375,9 +375,8 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
 class View:
     """Shows an answer as it grows: its text and, below, a line for every branch being written."""
 
-    def __init__(self):
-        self.text = ""   # what has been written
-        self.lines = []  # the branch lines below it
+    text = ""   # what has been written
+    lines = ()  # the branch lines below it
 
     def __call__(self, engine):
         """Shows the engine's answer so far."""

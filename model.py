@@ -230,9 +230,9 @@ def check_device(device):
 def fast_dtype(device):
     """The type to train in: "bfloat16" on a GPU and on CPUs with AVX-512, else "float32", since
     other CPUs are a hundred times slower in bfloat16."""
-    if torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "float32"
-    return "bfloat16"
+    on_cpu = torch.device(device).type == "cpu"
+    is_slow = on_cpu and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return "float32" if is_slow else "bfloat16"
 
 
 def save_checkpoint(out_dir, **state):

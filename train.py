@@ -60,7 +60,7 @@ def parse_args():
     add("--steps", type=int, help="updates; none: one epoch")
     add("--batch-size", type=int, default=4, help="answers in memory at once")
     add("--accumulate", type=int, default=WORLD, help="batches a step")
-    add("--lr", type=float, help="highest learning rate; none: 1e-3 from scratch, else 1e-4")
+    add("--lr", type=float, help="highest learning rate; none: 7e-4 from scratch, else 1e-4")
     add("--seed", type=int, default=1337, help="of weights and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--dtype", choices=("float32", "bfloat16"), help="none: bfloat16 where it is fast")
@@ -85,7 +85,7 @@ def parse_args():
     elif args.init_from:
         start = read_checkpoint(args.init_from)
     args.dtype = args.dtype or fast_dtype(args.device)
-    args.lr = args.lr or (1e-4 if args.init_from else 1e-3)
+    args.lr = args.lr or (1e-4 if args.init_from else 7e-4)
     check(args.accumulate % WORLD == 0, f"--accumulate must be a multiple of the {WORLD} processes")
     return args, start
 
@@ -154,27 +154,19 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def count_targets(rows):
-    """-> how many of the rows' tokens the decoder chooses."""
-    return sum(int((row.target != IGNORE).sum()) for row in rows)
-
-
 def summed_loss(model, rows, args):
     """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T)
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
-    # Few shapes, as in collate: pick is filled up with index 0, the targets with IGNORE.
-    padding = (0, -len(pick) % 128)
-    target = F.pad(target.flatten()[pick], padding, value=IGNORE)
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        logits = model(idx, position, mask, pick=F.pad(pick, padding))  # (N, V)
-    return F.cross_entropy(logits.float(), target, reduction="sum")
+        logits = model(idx, position, mask, pick=pick)        # (N, V)
+    return F.cross_entropy(logits.float(), target.flatten()[pick], reduction="sum")
 
 
 def train_step(model, step_batches, optimizer, args):
     """One update -> the mean loss over the targets of all batches; process r computes batches r,
     r + WORLD, ... BadInput where it is not finite: the weights then stay as they are."""
-    targets = sum(map(count_targets, step_batches))
+    targets = sum(int((row.target != IGNORE).sum()) for rows in step_batches for row in rows)
     total = torch.zeros((), dtype=torch.float32, device=args.device)
     for rows in step_batches[RANK::WORLD]:
         loss = summed_loss(model, rows, args) / targets
@@ -184,7 +176,7 @@ def train_step(model, step_batches, optimizer, args):
     if WORLD > 1:
         norm = norm.full_tensor()
         dist.all_reduce(total)
-    check((total + norm).isfinite(), f"the loss is {total:.4f}, its gradient {norm:.4f}: lower --lr")
+    check((total + norm).isfinite(), f"loss {total:.4f}, its gradient {norm:.4f}: lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return total.item()
@@ -195,12 +187,13 @@ def held_out_loss(model, rows, tokenizer, args):
     """Mean loss over the plain tokens that a model chooses: no tags, no end-of-text, and a title
     once, for its repetition is forced. Under the branch mask, which decoding always has."""
     not_text = torch.tensor([tokenizer.eos, *tokenizer.tags], device="cpu")
-    text_rows = []
+    total = 0.0
+    n = 0
     for row in rows:
         target = row.target.masked_fill(torch.isin(row.target, not_text), IGNORE)
-        text_rows.append(row._replace(target=target))
-    total = sum(summed_loss(model, [row], args).item() for row in text_rows)
-    return total / count_targets(text_rows)
+        total += summed_loss(model, [row._replace(target=target)], args).item()
+        n += int((target != IGNORE).sum())
+    return total / n
 
 
 # ---- the loop ---------------------------------------------------------------
@@ -221,9 +214,8 @@ def train(args, start):
     tempfile.TemporaryFile(dir=args.out_dir).close()  # fails now, not after minutes of training
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.1, fused=True)
-    first = 0
+    first = start["step"] if args.resume else 0
     if args.resume:
-        first = start["step"]
         dcp.set_optimizer_state_dict(model, optimizer, start["optimizer"], options=WHOLE)
 
     # 2) the order of the answers; what a resumed run has had is skipped
