@@ -16,7 +16,7 @@ and then all its branches side by side (line breaks only for reading):
     serial        everything else: text, the titles before a block, <|para|>, <|/para|>      3.1
     layout        the training sequence: tokens, positions and targets                       3.2
     branch_mask   the branch-invisible mask                                                  3.2
-    POSITIONS     where serial text goes on after a block: Seq ("aspd") or Max ("longest")   3.3
+    POSITIONS     where serial text goes on after a block                                    3.3
     cache_mask    branch_mask again, for the KV cache of the engine (decode.py)              3.4
     steps         how many forward passes an answer takes                                    4.1
 
@@ -31,11 +31,10 @@ import torch
 # Names for printing. A tokenizer holds six ids for them, which encode() never returns.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
 # How far serial text goes on behind the start of a block's branches: by the sum of their lengths,
-# as if they had been written one after the other, or by the longest. Either way no token shares a
-# position with one that it sees. And no position exceeds the token's index in the row, so a context
-# of n tokens never needs more than n positions.
+# as if they had been written one after the other (Seq in the paper), or by the longest (Max). No
+# position is larger than the token's index in the row.
 POSITIONS = {"aspd": sum, "longest": max}
-MAX_BRANCHES = 16  # of a block at most; so many tokens has a pass that feeds one of every branch
+MAX_BRANCHES = 16  # of a block at most, and so the most tokens that a step of decoding feeds
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
@@ -97,7 +96,7 @@ class Row(NamedTuple):
     token: torch.Tensor
     block: torch.Tensor     # 0 where serial, else 1, 2, ... in the order of the blocks
     branch: torch.Tensor    # 0 where serial, else 1, 2, ... within the block
-    position: torch.Tensor  # for rotary embeddings; the branches of a block start at the same
+    position: torch.Tensor  # for rotary embeddings; all branches of a block start at the same one
     target: torch.Tensor    # the token that the decoder chooses after this one, or IGNORE
 
 
@@ -144,6 +143,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
     target = target[1:] + [eos]  # the last token of a row is serial
     columns = (token, block, branch, position, target)
+    # Everywhere tensors name their device: a program around us may have set another default.
     return Row(*[torch.tensor(column, device="cpu") for column in columns])
 
 
@@ -156,7 +156,7 @@ def branch_mask(block, branch):
     # Serial tokens count as one block, 0, with one branch, 0: they see each other.
     same_block = block[..., :, None] == block[..., None, :]
     same_branch = branch[..., :, None] == branch[..., None, :]
-    return (same_branch | ~same_block).tril()  # not: same block, and another branch
+    return (same_branch | ~same_block).tril()  # hidden: same block, another branch
 
 
 def cache_mask(slot, branch, owner):

@@ -45,10 +45,8 @@ LEVELS = [re.compile(pattern, re.M) for pattern in [
     r"[ \t]*(?:\*\*)?" + NUMBER,                                   # "2. Walk daily."
     r"[ \t]*[-*+•][ \t]+\S",                                       # "- Walk daily."
 ]]
-ITEM = len(LEVELS) - 2  # the first level of list items; all further out are called headings below
 OPAQUE = [(re.compile(opening), closing) for opening, closing in [
-    # What is never cut: how its first line begins, and what ends it. An opening does not match
-    # where the end stands on the same line.
+    # What is never cut: how its first line begins, and what ends it. (?!...): not on the same line.
     (r"\s*`{3,}[^`]*$", r"^\s*`{3,}\s*$"),          # code
     (r"\s*<pre(?!.*</pre>)", r"</pre>"),
     (r"\s*#\+begin_", r"#\+end_"),                  # code in Org mode
@@ -72,7 +70,7 @@ class Mark(NamedTuple):
     """What a line is in the outline. Siblings have equal Marks."""
     what: str  # part (opens one), text, conclusion (of either kind: "## Summary", "Overall, ..."),
     #            blank, end
-    rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: text
+    rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: no part
 
 
 END = Mark("end", ())  # further out than any part
@@ -110,39 +108,44 @@ def read_mark(line, below):
     return Mark("conclusion" if concludes else "text")
 
 
+def is_heading(mark):
+    """Of a line that opens a part: is it anything but a list item, of the last two levels?"""
+    return mark.rank[1] < len(LEVELS) - 2
+
+
 def paragraphs(marks, start, end):
     """The lines where the paragraphs of a part start: text below a blank line."""
-    text = (Mark("text"), Mark("conclusion"))  # not those of a part, which have another rank
+    text = (Mark("text"), Mark("conclusion"))  # not "## Summary", whose rank is a heading's
     return [k for k in range(start + 1, end) if marks[k - 1].what == "blank" and marks[k] in text]
-
-
-def part_end(marks, start, most):
-    """The line behind the part that opens at line `start`. most: how many paragraphs it may have,
-    see find_run().
-
-    A part ends where one of its level, or of a level further out, opens. It ends before that where
-    it would have too many paragraphs: "- Walk daily.\\n- Sleep well.\\n\\nGood luck!" has two items
-    without a paragraph, so "Good luck!" is not the second one's.
-    """
-    end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
-    if marks[end] == marks[start] and marks[start].rank[1] < ITEM:
-        return end  # all between two sibling headings belongs to the first one
-    for n, k in enumerate(paragraphs(marks, start, end)):
-        if n >= most or marks[k].what == "conclusion":
-            return k
-    return end
 
 
 def find_run(marks, first):
     """The run of siblings that opens at a line: the lines where its parts start, and the line
-    behind the last one."""
+    behind the last one.
+
+    A guess that is nearly always right: no part has more paragraphs than the first one; below a
+    heading, one is always allowed. In "- Walk daily.\\n- Sleep well.\\n\\nGood luck!" an item has
+    none, so "Good luck!" is not the second one's.
+    """
     run = [first, part_end(marks, first, math.inf)]
-    # A guess that is nearly always right: no part has more paragraphs than the first one. Below a
-    # heading one is always allowed.
-    most = max(len(paragraphs(marks, *run)), int(marks[first].rank[1] < ITEM))
+    at_least = 1 if is_heading(marks[first]) else 0
+    most = max(len(paragraphs(marks, *run)), at_least)
     while marks[run[-1]] == marks[first]:
         run.append(part_end(marks, run[-1], most))
     return run
+
+
+def part_end(marks, start, most):
+    """The line behind the part that opens at line `start`: where the next one opens of its level,
+    or of one further out. Or before, where a conclusion starts, or one paragraph more than `most`;
+    but all between two sibling headings belongs to the first."""
+    end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
+    if is_heading(marks[start]) and marks[end] == marks[start]:
+        return end
+    for n, k in enumerate(paragraphs(marks, start, end)):
+        if n >= most or marks[k].what == "conclusion":
+            return k
+    return end
 
 
 # ---- extraction: titles and rules ---------------------------------------------
@@ -170,7 +173,7 @@ def make_titles(parts):
 
 def make_block(parts, titles):
     """The Block of parts that follow each other. White space between two parts opens the title of
-    the second one; what stands below the last one is not in the block."""
+    the second one; that behind the last part is not in the block."""
     size = math.ceil(len(parts) / MAX_BRANCHES)  # neighbours that share a branch
     block = Block()
     space = ""
@@ -239,6 +242,7 @@ def taken_up(parts, titles, above):
     for reason, brings, takes in THINGS:
         brought = set()
         for part, title in zip(parts, titles):
+            # not of its title, in which it may name itself: "Week 2"
             taken = map(str.lower, re.findall(takes, part[len(title):]))
             if any(thing in brought and thing not in above for thing in taken):
                 return reason
@@ -247,8 +251,8 @@ def taken_up(parts, titles, above):
 
 
 def extract(text, prompt=""):
-    """An answer -> its segments (str or Block), and the refused runs as (reason, start, end), in
-    characters of the text. Joined, the segments are the text, whatever it is; none is empty."""
+    """An answer -> its segments (str or Block), and the refused runs as (reason, first character).
+    Joined, the segments are the text, whatever it is; none is empty."""
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     shown = hide_opaque(lines)
     marks = [*map(read_mark, shown, [*shown[1:], ""]), END]
@@ -257,8 +261,9 @@ def extract(text, prompt=""):
     refusals = []
     done = 0  # characters that are in segments
     for i in range(len(lines)):
-        is_part = marks[i].what == "part" and start[i] >= done
-        run = find_run(marks, i) if is_part else []
+        if marks[i].what != "part" or start[i] < done:
+            continue
+        run = find_run(marks, i)
         if len(run) < 3:  # fewer than two parts
             continue
         bounds = [start[line] for line in run]
@@ -268,9 +273,9 @@ def extract(text, prompt=""):
         reason = refusal(parts, titles, block)
         reason = reason or taken_up(parts, titles, prompt + "\n" + text[:bounds[0]])
         if reason:
-            refusals.append((reason, bounds[0], bounds[-1]))
+            refusals.append((reason, bounds[0]))
             for line in run[:-1]:
-                marks[line] = END  # it opens no part any more, but still bounds those inside
+                marks[line] = END  # opens no part any more; no part inside of it reaches beyond
         else:
             segments += [text[done:bounds[0]], block]
             done = bounds[0] + len(join([block]))
@@ -558,15 +563,15 @@ def draw(kind, rng):
 
 def corpus(n=3600, seed=1337, split="train"):
     """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
-    answer by. A seeded coin gives one in eight subjects of a kind (a set of animals, a sum) to
-    "val", never to "train". Lists of all animals are in "train", and with them all facts."""
+    answer by. One in eight subjects of a kind (a set of animals, a sum) is in "val", and never in
+    "train". All that is about eight animals, or days, is in "train", and with it all facts."""
     rng = random.Random(f"{split} {seed}")
     kinds = [*FORMS, "sums"]  # sums twice: they are the hardest to learn
     records = []
     while len(records) < n:
         kind = kinds[len(records) % len(kinds)]
         about, size, response = draw(kind, rng)
-        coin = random.Random(f"{kind} {about}").random()  # the same for both splits
+        coin = random.Random(f"{kind} {about}").random()  # the same for every seed and split
         is_val = size < len(ANIMALS) and coin < 1 / 8
         if is_val == (split == "val"):
             prompt = rng.choice(ASKS).format(FORMS[kind][0], about)
@@ -586,7 +591,7 @@ def show(record, segments, refusals):
             branches = "".join(f"\n[{title.strip()}]{rest}" for title, rest in segment)
             segment = branches.replace("\n", "\n| ")
         print(printable(segment.strip("\n")))
-    for reason, start, _ in refusals:
+    for reason, start in refusals:
         print(printable(f"    refused, {reason}: {record['response'][start:start + 60]!r}"))
 
 
@@ -622,7 +627,7 @@ def main():
         ids = tokenize(segments, tokenizer.encode)
         speedups.append(len(plain(ids)) / steps(ids))
         n_parallel += any(isinstance(segment, Block) for segment in segments)
-        refused.update(reason for reason, _, _ in refusals)
+        refused.update(reason for reason, _ in refusals)
         line = {"id": r["id"], "category": r.get("category"), "prompt": r["prompt"],
                 "segments": [*map(as_json, segments)]}
         found.append(json.dumps(line, ensure_ascii=False) + "\n")

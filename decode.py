@@ -59,9 +59,9 @@ def grammar(tokenizer, vocab_size):
 
 
 def sample(logits, u, temperature, top_k, top_p):
-    """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each; 0 could
-    choose a token of probability 0. temperature, top_p: tensors of one number, as torch.compile
-    would compile again for each plain one; top_k: an int, 1 is greedy."""
+    """One token a row: logits (N, V) -> (N,). u (N,): a random number in [0, 1) for each.
+    temperature, top_p: tensors of one number, as torch.compile would compile again for each plain
+    one; top_k: an int, 1 is greedy."""
     if top_k == 1:
         return logits.argmax(-1)
     logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
@@ -81,8 +81,8 @@ def forward_pass(model, fed, pick, allowed, u, sampling, n_slots):
 
     fed: (4, T) int64, one tensor for one copy to the device: token, position, branch and slot of
     the T tokens fed; branch becomes the owner of slot. pick: (N,), after which of them to choose a
-    token, among those allowed, (V,) bool. u, sampling: of sample(). n_slots: how many slots
-    attention reads. A token is -1 where the logits are not finite.
+    token, among those allowed, (V,) bool. u, and sampling = (temperature, top_k, top_p): see
+    sample(). n_slots: how many slots attention reads. A token is -1 where logits are not finite.
     """
     token, position, branch, slot = fed
     model.owner[slot] = branch
@@ -125,8 +125,8 @@ def load(path="out", device="cpu", dtype=None, compile=False):
 # ---- the engine -------------------------------------------------------------
 
 def quota(left, block):
-    """Tokens that each branch may have after its title, where `left` tokens of the budget are left:
-    an equal share, so that it does not depend on the order in which the branches are decoded."""
+    """Tokens that each branch may have after its title, where `left` tokens of the budget are left
+    before <|para|>: an equal share, whatever the order in which the branches are decoded."""
     # <|para|> and <|/para|>, and the prefixes with their <|/branch|>
     forced = 1 + 1 + sum(len(title) + BRANCH_TAGS for title, _ in block)
     return (left - forced) // len(block)
@@ -144,12 +144,11 @@ def has_room(left, block):
 
 @dataclass
 class Lane:
-    """A branch that is being written. What it feeds next is first its prefix, then one token a
-    pass, then <|/branch|>, and at last nothing."""
+    """A branch that is being written."""
     number: int    # 1, 2, ... within its block
     rest: list     # the tokens after its title; the same list object as its Branch's
     position: int  # of the first token to feed next
-    next: list     # tokens to feed next
+    next: list     # to feed next: its prefix, then one token a pass, then <|/branch|>, then nothing
 
 
 class Engine:
@@ -171,7 +170,7 @@ class Engine:
         draw = torch.Generator().manual_seed(seed % 2**63)
         # A random number for every [position, branch]; positions stay below `left`, see POSITIONS.
         shape = (left, MAX_BRANCHES + 1)
-        self.uniform = 1 - torch.rand(shape, generator=draw, dtype=torch.float32, device="cpu")
+        self.uniform = torch.rand(shape, generator=draw, dtype=torch.float32, device="cpu")
         self.slot = 0      # the next slot
         self.position = 0  # the next position of the serial stream
         self.steps = -1    # passes; the prefill makes it 0
@@ -189,10 +188,10 @@ class Engine:
         step = lm.step
         n_slots = self.slot
         if lm.compiled_step:
-            if n == len(fed):  # not the prompt or prefixes: they have too many shapes to compile
+            if n == len(fed):  # not the prompt or prefixes: they have too many shapes to compile,
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
-            fed, pick = pad(fed, pick, n_slots - 1)
+            fed, pick = pad(fed, pick, n_slots - 1)  # but fewer new shapes are faster for them, too
         fed = torch.tensor(fed, device="cpu").t()    # (4, T)
         pick = torch.tensor(pick, device="cpu")      # (N,)
         _, position, branch, _ = fed[:, pick]  # where a token is chosen
@@ -306,8 +305,7 @@ def pad(fed, pick, last_slot):
 def compile_step(lm):
     """forward_pass, compiled by torch.compile for few static shapes."""
     torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
-    # On a CPU inductor lets oneDNN pack frozen weights. In float32 that does not pay here, though
-    # pack() does for steps that are not compiled.
+    # On a CPU inductor lets oneDNN pack frozen weights. That pays in bfloat16 alone.
     packs = lm.device.type == "cpu" and lm.model.model.embed_tokens.weight.dtype == torch.bfloat16
     torch._inductor.config.freezing = packs
     torch._inductor.config.cpp.enable_concat_linear = packs  # q, k and v in one product
@@ -373,7 +371,8 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
 # ---- command line, with a live view -----------------------------------------
 
 class View:
-    """Shows an answer as it grows: its text and, below, a line for every branch being written."""
+    """Shows an answer as it grows: its text and, below, a line for every branch of a block until
+    the block has ended."""
 
     text = ""   # what has been written
     lines = ()  # the branch lines below it
@@ -381,9 +380,9 @@ class View:
     def __call__(self, engine):
         """Shows the engine's answer so far."""
         decode = engine.lm.tokenizer.decode
-        *done, block = engine.segments
-        if not isinstance(block, Block):
-            done, block = engine.segments, []
+        is_in_block = isinstance(engine.segments[-1], Block)
+        block = engine.segments[-1] if is_in_block else []
+        done = engine.segments[:-1] if is_in_block else engine.segments
         text = decode(plain(done)).rstrip("\ufffd")  # half a character
         columns, rows = shutil.get_terminal_size()
         lines = []

@@ -77,7 +77,8 @@ def attend(q, k, v, mask):
         v = v.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(q, k, v, mask)
     # A step of decoding. On a GPU plain products are three times as fast for so few queries. All
-    # queries that share keys are rows of one matrix, so that every key is read once.
+    # queries that share keys (those of neighbouring heads) are rows of one matrix, so that every
+    # key is read once.
     scores = q.reshape(B, nkv, -1, hs) @ k.transpose(-1, -2)     # (B, nkv, (nh/nkv) * T, S)
     scores = scores.view(B, nkv, -1, T, S) / math.sqrt(hs)       # (B, nkv, nh/nkv, T, S)
     mask = mask.unsqueeze(-3)                                    # (1, T, S) or (B, 1, 1, T, S)
@@ -87,8 +88,8 @@ def attend(q, k, v, mask):
 
 def linear(x, weight, bias=None):
     """F.linear, or oneDNN's product with a weight that pack() has prepared."""
-    can_use_it = not weight.requires_grad and not torch.compiler.is_compiling()
-    if can_use_it and hasattr(weight, "packed"):
+    is_frozen = not weight.requires_grad  # else `packed` may be of older weights
+    if hasattr(weight, "packed") and is_frozen and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -185,8 +186,8 @@ class GPT(nn.Module):
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=p.size(1) ** -0.5)  # keeps the variance of the input
+            if p.dim() == 2:  # a product then keeps the variance of its input
+                nn.init.normal_(p, std=p.size(1) ** -0.5)
 
     def setup_cache(self, slots):
         """A cache of at least so many slots, all shared, for one answer at a time. That of the

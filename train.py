@@ -93,15 +93,15 @@ def parse_args():
 # ---- data and model ---------------------------------------------------------
 
 def prepare(args, start):
-    """-> model, tokenizer, rows to train on, held-out rows; fills args.steps in. BadInput when no
-    answer fits."""
+    """-> model, tokenizer, rows to train on, held-out rows; fills args.steps and args.checksum in.
+    BadInput when no answer fits."""
     # 1) answers
     if args.data:
         answers, others = split_held_out(read_records(args.data))
     else:
         answers = corpus()
         others = corpus(200, split="val")
-    checksum = zlib.crc32(repr(answers).encode("utf-8", "replace"))
+    checksum = zlib.crc32(repr(answers).encode())
     check(not args.resume or args.checksum == checksum, "--resume: the answers are not the run's")
     args.checksum = checksum  # so it will stand in the checkpoint
 
@@ -155,7 +155,7 @@ def learning_rate(step, args):
 
 
 def summed_loss(model, rows, args):
-    """The loss of a batch, summed over its targets: under the branch mask, in autocast."""
+    """The loss of a batch, summed over its targets: under the rows' mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T)
     pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -174,7 +174,7 @@ def train_step(model, step_batches, optimizer, args):
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if WORLD > 1:
-        norm = norm.full_tensor()
+        norm = norm.full_tensor()  # of all processes' parts
         dist.all_reduce(total)
     check((total + norm).isfinite(), f"loss {total:.4f}, its gradient {norm:.4f}: lower --lr")
     optimizer.step()
@@ -199,7 +199,7 @@ def held_out_loss(model, rows, tokenizer, args):
 # ---- the loop ---------------------------------------------------------------
 
 def save(model, optimizer, tokenizer, step, args):
-    """Writes a checkpoint, whole whatever the number of processes, all of which must call this."""
+    """Writes a checkpoint of the whole model. Every process must call this."""
     weights, moments = dcp.get_state_dict(model, optimizer, options=WHOLE)
     if RANK == 0:
         save_checkpoint(args.out_dir, step=step, args=vars(args), config=vars(model.config),

@@ -1041,7 +1041,8 @@ def pair():
     torch._dynamo.reset()
 
 
-REQUESTS = [("p", 5), ("two tips", 500), ("x" * 100, 200), ("y" * 300, 400), ("z" * 580, 9)]
+REQUESTS = [("p", 5), ("two tips", 500), ("x" * 100, 200), ("y" * 300, 400),
+            ("three tips", 600), ("z" * 580, 9)]
 
 
 @needs_compiler
