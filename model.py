@@ -65,25 +65,20 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask):
-    """Attention: q (B, nh, T, hs), k and v (B, nkv, S, hs), an additive mask (T, S) or
-    (B, 1, T, S): 0 where seen, else -inf -> (B, nh, T, hs)."""
-    B, nkv, S, hs = k.shape
-    T = q.size(2)
-    if T > MAX_BRANCHES:
+    """Grouped-query attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
+
+    The nh/nkv neighbouring heads that share keys become rows of one matrix, so that every key is
+    read once. mask: (nh/nkv * T, S) or (B, 1, nh/nkv * T, S), 0 where seen, else -inf."""
+    rows = q.reshape(*k.shape[:2], -1, k.size(-1))   # (B, nkv, nh/nkv * T, hs)
+    if q.size(2) > MAX_BRANCHES:
         # Wider than any step of decoding: a batch to train on, a prompt, prefixes. torch's kernel
         # does not hold all scores in memory.
-        groups = q.size(1) // nkv  # heads that share keys and values
-        k = k.repeat_interleave(groups, dim=1)
-        v = v.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    # A step of decoding. On a GPU plain products are three times as fast for so few queries. All
-    # queries that share keys (those of neighbouring heads) are rows of one matrix, so that every
-    # key is read once.
-    scores = q.reshape(B, nkv, -1, hs) @ k.transpose(-1, -2)     # (B, nkv, (nh/nkv) * T, S)
-    scores = scores.view(B, nkv, -1, T, S) / math.sqrt(hs)       # (B, nkv, nh/nkv, T, S)
-    mask = mask.unsqueeze(-3)                                    # (1, T, S) or (B, 1, 1, T, S)
-    p = (scores + mask).softmax(-1)                              # here siblings are hidden
-    return (p.view(B, nkv, -1, S) @ v).view(q.shape)
+        y = F.scaled_dot_product_attention(rows, k, v, mask)
+    else:
+        # On a GPU plain products are three times as fast for so few queries.
+        scores = rows @ k.transpose(-1, -2) / math.sqrt(k.size(-1))
+        y = (scores + mask).softmax(-1) @ v          # here siblings are hidden
+    return y.view(q.shape)
 
 
 def linear(x, weight, bias=None):
@@ -111,8 +106,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: x (B, T, C) -> (B, T, C). cos, sin: of rope(); mask: of attend();
-    slot: of GPT.forward."""
+    """x (B, T, C) -> (B, T, C). cos, sin: of rope(); mask: of attend(); slot: of GPT.forward."""
     def __init__(self, config):
         super().__init__()
         C, hs, bias = config.n_embd, config.head_size, config.qkv_bias
@@ -210,7 +204,8 @@ class GPT(nn.Module):
         x = self.model.embed_tokens(idx)  # (B, T, C)
         c = self.config
         cos, sin = rope(position, c.head_size, c.rope_theta, *c.rope_scaling)
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)  # for attend()
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        mask = torch.cat([mask] * (c.n_head // c.n_kv_head), dim=-2)  # as attend() wants it
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)
         x = self.model.norm(x)

@@ -50,6 +50,7 @@ def test_attend_is_softmax_of_the_scores_over_the_visible_keys(n_kv_head, T, S):
             scores[~sees[b, 0]] = -torch.inf
             expected[b, head] = scores.softmax(-1) @ v[b, group]
     mask = torch.zeros(2, 1, T, S, dtype=torch.float64).masked_fill(~sees, -torch.inf)
+    mask = torch.cat([mask] * (4 // n_kv_head), dim=-2)
     assert torch.allclose(attend(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
     one = attend(q[:1], k[:1], v[:1], mask[0, 0])
     assert torch.allclose(one, expected[:1], rtol=1e-12, atol=1e-12)
