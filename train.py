@@ -70,7 +70,6 @@ def parse_args():
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             check(value > 0, f"--{name.replace('_', '-')} must be over 0, not {value}")
-    check_device(args.device)
 
     start = None
     if args.resume:
@@ -79,11 +78,11 @@ def parse_args():
         check(not others, f"--resume goes on with the settings of its run, so not with {others}")
         start = read_checkpoint(args.out_dir)
         check(start.get("args"), f"--resume: {args.out_dir} holds no run of train.py")
-        now = {"out_dir": args.out_dir, "device": args.device, "resume": True}
-        data = args.data or start["args"]["data"]
-        args = argparse.Namespace(**start["args"] | now | {"data": data})
+        p.set_defaults(**start["args"] | {"out_dir": args.out_dir})
+        args = p.parse_args()
     elif args.init_from:
         start = read_checkpoint(args.init_from)
+    check_device(args.device)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 7e-4)
     check(args.accumulate % WORLD == 0, f"--accumulate must be a multiple of the {WORLD} processes")
