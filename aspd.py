@@ -34,7 +34,7 @@ TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "
 # as if they had been written one after the other (Seq in the paper), or by the longest (Max). No
 # position is larger than the token's index in the row.
 POSITIONS = {"aspd": sum, "longest": max}
-MAX_BRANCHES = 16  # of a block at most, and so the most tokens that a step of decoding feeds
+MAX_BRANCHES = 16  # of a block at most, and so the most tokens of a pass that feeds one a branch
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 
@@ -109,12 +109,12 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     prompt: a list of ids. segments: of ids. eos: the last target, not itself in the row. tags: a
     Tags, needed for blocks. positions: one of POSITIONS.
     """
-    row = []  # of each token: itself, block, branch, position, is it chosen?
+    row = []  # of each token: itself, block, branch, position, and itself again where it is chosen
 
     def add(tokens, start, is_chosen, block=0, branch=0):
         """Adds a piece at positions start, start + 1, ...; returns the position after it."""
         for position, token in enumerate(tokens, start):
-            row.append((token, block, branch, position, is_chosen))
+            row.append((token, block, branch, position, token if is_chosen else IGNORE))
         return start + len(tokens)
 
     n_blocks = 0
@@ -139,10 +139,8 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     # A chosen token is the target of the one before it in the row. No target crosses from a branch
     # into the next one, or into what follows the block: these begin with a forced token, <|branch|>
     # or <|/para|>.
-    token, block, branch, position, chosen = zip(*row)
-    target = [t if is_chosen else IGNORE for t, is_chosen in zip(token, chosen)]
-    target = target[1:] + [eos]  # the last token of a row is serial
-    columns = (token, block, branch, position, target)
+    *columns, chosen = zip(*row)
+    columns.append([*chosen[1:], eos])  # the last token of a row is serial
     # Everywhere tensors name their device: a program around us may have set another default.
     return Row(*[torch.tensor(column, device="cpu") for column in columns])
 

@@ -123,11 +123,11 @@ def find_run(marks, first):
     """The run of siblings that opens at a line: the lines where its parts start, and the line
     behind the last one.
 
-    A guess that is nearly always right: no part has more paragraphs than the first one; below a
-    heading, one is always allowed. In "- Walk daily.\\n- Sleep well.\\n\\nGood luck!" an item has
-    none, so "Good luck!" is not the second one's.
+    Where does the last part end? A guess that is nearly always right: none has more paragraphs than
+    the first one, except below a heading, where one is always allowed. In "- Walk daily.\\n- Sleep
+    well.\\n\\nGood luck!" an item has none, so "Good luck!" is not the second one's.
     """
-    run = [first, part_end(marks, first, math.inf)]
+    run = [first, part_end(marks, first, math.inf)]  # the first part has what it has
     at_least = 1 if is_heading(marks[first]) else 0
     most = max(len(paragraphs(marks, *run)), at_least)
     while marks[run[-1]] == marks[first]:
@@ -150,7 +150,7 @@ def part_end(marks, start, most):
 
 # ---- extraction: titles and rules ---------------------------------------------
 
-TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # a Chinese sign, or a word
+TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # a sign or a word
 
 
 def make_titles(parts):
@@ -160,7 +160,7 @@ def make_titles(parts):
     """
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
-        line = part[:80].split("\n")[0].rstrip()  # few titles then exceed TITLE_CAP of decode.py
+        line = part[:80].split("\n")[0].rstrip()
         words = list(TOKEN_LIKE.finditer(line, MARKER.match(line).end()))[:16]
         openings.append([line[:word.end()] for word in words] or [line])
     count = Counter(bare(opening).lower() for some in openings for opening in some)
@@ -231,6 +231,11 @@ def refusal(parts, titles, block):
     return None
 
 
+def things(pattern, text):
+    """What a pattern finds in a text, a set. "Week 2" is "week 2", too."""
+    return {thing.lower() for thing in re.findall(pattern, text)}
+
+
 def taken_up(parts, titles, above):
     """Why the parts must not become a block: one brings in a thing that a later one takes up. None
     if there is no such thing. above: the prompt, and the answer up to the first part; what it names
@@ -238,15 +243,14 @@ def taken_up(parts, titles, above):
 
     "1. The room has 4 * 6 = 24 square metres.", "2. For 24 square metres, buy paint."
     """
-    above = above.lower()  # "Week 2" is "week 2", too
     for reason, brings, takes in THINGS:
+        known = things(takes, above)
         brought = set()
         for part, title in zip(parts, titles):
-            # not of its title, in which it may name itself: "Week 2"
-            taken = map(str.lower, re.findall(takes, part[len(title):]))
-            if any(thing in brought and thing not in above for thing in taken):
+            taken = things(takes, part[len(title):])  # in its title a part may name itself
+            if taken & (brought - known):
                 return reason
-            brought.update(map(str.lower, re.findall(brings, part)))
+            brought |= things(brings, part)
     return None
 
 
@@ -275,7 +279,7 @@ def extract(text, prompt=""):
         if reason:
             refusals.append((reason, bounds[0]))
             for line in run[:-1]:
-                marks[line] = END  # opens no part any more; no part inside of it reaches beyond
+                marks[line] = END  # opens no part any more, but ends those inside the part before
         else:
             segments += [text[done:bounds[0]], block]
             done = bounds[0] + len(join([block]))
@@ -301,17 +305,17 @@ def make_rows(records, tokenizer, config):
     """Answers -> a list of Rows, without those whose tagged row exceeds the context. Where
     config.positions is None, the rows are those of the plain answers; the same are left out, so
     that the two models can be compared."""
-    eos, tags = tokenizer.eos, tokenizer.tags
     rows = []
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt = tokenizer.prompt(r["prompt"])
         segments, _ = extract(r["response"], r["prompt"])
         ids = tokenize(segments, tokenizer.encode)
-        row = layout(prompt, ids, eos, tags, config.positions or "aspd")
+        positions = config.positions or "aspd"
+        row = layout(prompt, ids, tokenizer.eos, tokenizer.tags, positions)
         if len(row.token) > config.block_size:
             continue
         if config.positions is None:
-            row = layout(prompt, [tokenizer.encode(r["response"])], eos)
+            row = layout(prompt, [tokenizer.encode(r["response"])], tokenizer.eos)
         rows.append(row)
     return rows
 
@@ -390,8 +394,8 @@ def read_turns(record):
 
 
 def read_answers(record, left_out):
-    """Yields (prompt, answer) for every answer that follows a user's turn. The prompt is that turn
-    alone, not what was said before. Counts in left_out, by reason, what yields none."""
+    """Yields (prompt, answer) for every answer that follows a user's turn. The prompt is what the
+    user has said since the last answer. Counts in left_out, by reason, what yields none."""
     if not is_to_learn(record):
         left_out["record that is not to be learnt"] += 1
         return

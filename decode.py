@@ -135,8 +135,7 @@ def quota(left, block):
 def has_room(left, block):
     """Is there room for one more branch (in a new block, two), with the longest title and at least
     MIN_BRANCH tokens after the title for every branch?"""
-    longest = Branch([None] * TITLE_CAP, [])
-    new = [longest] if block else [longest, longest]
+    new = [Branch([None] * TITLE_CAP, [])] * (1 if block else 2)
     left -= len(new) * (1 + TITLE_CAP + 1)  # written first, between <|title|> and <|/title|>
     longer = [*block, *new]
     return len(longer) <= MAX_BRANCHES and quota(left, longer) >= MIN_BRANCH
@@ -162,8 +161,8 @@ class Engine:
         self.watch = watch
         temperature, top_k, top_p = sampling
         top_k = 1 if temperature == 0 or top_p == 0 else top_k or lm.model.config.vocab_size
-        numbers = [max(temperature, 1e-6), top_p]
-        temperature, top_p = torch.tensor(numbers, dtype=torch.float32, device=lm.device)
+        temperature, top_p = torch.tensor(
+            [max(temperature, 1e-6), top_p], dtype=torch.float32, device=lm.device)
         self.sampling = (temperature, top_k, top_p)  # of sample()
         # The last slot is never used by a token of the row: it is for pad().
         lm.model.setup_cache(power_of_two(max(left + 1, 256)))
@@ -188,10 +187,12 @@ class Engine:
         step = lm.step
         n_slots = self.slot
         if lm.compiled_step:
-            if n == len(fed):  # not the prompt or prefixes: they have too many shapes to compile,
+            # A prompt or prefixes have too many shapes to compile. But they, too, are padded, for
+            # a GPU is slow on a new shape.
+            if n == len(fed):
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
-            fed, pick = pad(fed, pick, n_slots - 1)  # but fewer new shapes are faster for them, too
+            fed, pick = pad(fed, pick, n_slots - 1)
         fed = torch.tensor(fed, device="cpu").t()    # (4, T)
         pick = torch.tensor(pick, device="cpu")      # (N,)
         _, position, branch, _ = fed[:, pick]  # where a token is chosen
@@ -200,7 +201,7 @@ class Engine:
         chosen, _ = step(lm.model, fed, pick, lm.allow[state], u, self.sampling, n_slots)
         chosen = chosen.tolist()  # the one synchronisation of a pass
         if min(chosen) < 0:
-            lm.model.owner = None  # a new cache for the next answer: even masked, 0 * NaN is NaN
+            lm.model.owner = None  # the next answer makes a new cache: even masked, 0 * NaN is NaN
             raise BadInput(f"the logits of step {self.steps} are not finite")
         if self.watch:
             self.watch(self)
@@ -341,7 +342,6 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
     how many tokens every branch has, tags aside; finish, "stop", or "length" if the budget or the
     context cut something; segments, of ids.
     """
-    tokenizer = lm.tokenizer
     can_branch = lm.model.config.positions is not None
     mode = mode or ("adaptive" if can_branch else "serial")
     check(mode in MODES, f"mode must be one of {', '.join(MODES)}, not {mode!r}")
@@ -363,7 +363,7 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
     tokens = plain(segments)
     blocks = [[len(b.title + b.rest) for b in s] for s in segments if isinstance(s, Block)]
     return SimpleNamespace(
-        prompt=prompt, text=tokenizer.decode(tokens), mode=mode, tokens=len(tokens),
+        prompt=prompt, text=lm.tokenizer.decode(tokens), mode=mode, tokens=len(tokens),
         steps=engine.steps, seconds=time.perf_counter() - start, ttft=engine.first_token_at - start,
         blocks=blocks, finish="length" if engine.cut else "stop", segments=segments)
 

@@ -4,7 +4,7 @@ RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases and 
 keys, tied or untied head.
 Two things are unusual. Positions and mask are given explicitly, because sibling branches share
 their positions and do not see each other. And the KV cache is written at slots that the caller
-names: the same forward() serves a prompt, prefixes and steps of decoding; no counter hides in here.
+names: the same forward() serves a prompt, prefixes and tokens of branches; no counter hides in it.
 
 Shapes, here and in decode.py: B batch, T tokens fed, N of them after which a token is chosen, S
 slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
@@ -68,11 +68,12 @@ def attend(q, k, v, mask):
     """Grouped-query attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
 
     The nh/nkv neighbouring heads that share keys become rows of one matrix, so that every key is
-    read once. mask: (nh/nkv * T, S) or (B, 1, nh/nkv * T, S), 0 where seen, else -inf."""
+    read once. mask: (nh/nkv * T, S) or (B, 1, nh/nkv * T, S), 0 where seen, else -inf; that of the
+    T tokens nh/nkv times, see GPT.forward."""
     rows = q.reshape(*k.shape[:2], -1, k.size(-1))   # (B, nkv, nh/nkv * T, hs)
     if q.size(2) > MAX_BRANCHES:
-        # Wider than any step of decoding: a batch to train on, a prompt, prefixes. torch's kernel
-        # does not hold all scores in memory.
+        # Wider than a token a branch: a batch to train on, a prompt, prefixes. torch's kernel does
+        # not hold all scores in memory.
         y = F.scaled_dot_product_attention(rows, k, v, mask)
     else:
         # On a GPU plain products are three times as fast for so few queries.
@@ -204,7 +205,7 @@ class GPT(nn.Module):
         x = self.model.embed_tokens(idx)  # (B, T, C)
         c = self.config
         cos, sin = rope(position, c.head_size, c.rope_theta, *c.rope_scaling)
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        mask = torch.where(mask, 0.0, -torch.inf).to(x.dtype)
         mask = torch.cat([mask] * (c.n_head // c.n_kv_head), dim=-2)  # as attend() wants it
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, slot)

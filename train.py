@@ -156,10 +156,11 @@ def learning_rate(step, args):
 def summed_loss(model, rows, args):
     """The loss of a batch, summed over its targets: under the rows' mask, in autocast."""
     idx, position, mask, target = collate(rows, args.device)  # (B, T); mask (B, 1, T, T)
-    pick = (target.flatten() != IGNORE).nonzero()[:, 0]       # (N,): logits only where they count
+    target = target.flatten()
+    pick = (target != IGNORE).nonzero()[:, 0]                 # (N,): logits only where they count
     with torch.autocast(idx.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logits = model(idx, position, mask, pick=pick)        # (N, V)
-    return F.cross_entropy(logits.float(), target.flatten()[pick], reduction="sum")
+    return F.cross_entropy(logits.float(), target[pick], reduction="sum")
 
 
 def train_step(model, step_batches, optimizer, args):
