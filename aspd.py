@@ -34,7 +34,7 @@ TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "
 # as if they had been written one after the other (Seq in the paper), or by the longest (Max). No
 # position is larger than the token's index in the row.
 POSITIONS = {"aspd": sum, "longest": max}
-MAX_BRANCHES = 16  # of a block at most, and so the most tokens of a pass that feeds one a branch
+MAX_BRANCHES = 16  # of a block; a pass with one token of each branch has so many at most
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
 IGNORE = -100      # "no target here": the value that cross_entropy skips
 

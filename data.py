@@ -136,9 +136,9 @@ def find_run(marks, first):
 
 
 def part_end(marks, start, most):
-    """The line behind the part that opens at line `start`: where the next one opens of its level,
-    or of one further out. Or before, where a conclusion starts, or one paragraph more than `most`;
-    but all between two sibling headings belongs to the first."""
+    """The line behind the part that opens at line `start`: where the next one of its level opens, or
+    one further out. An item or a last section ends before a conclusion, and after `most`
+    paragraphs."""
     end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
     if is_heading(marks[start]) and marks[end] == marks[start]:
         return end
@@ -197,7 +197,7 @@ LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:the (?:\w+ )?mixture\b|[Ss]et (?:\w+
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
-RESULT = rf"[=≈] *\$?({VALUE})\b(?! *[-+*/])"        # "= 42", not "= 42 + 1"
+RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 42", not "= 42 + 1"
 NAME = r"\b[a-z]+(?:_[a-z]+|[A-Z][a-z]+)+\b"        # user_name, jobStart
 COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-Z]\b)"  # "Week 2", "Case B"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
@@ -214,11 +214,11 @@ def take_turns(texts):
 
 
 def refusal(parts, titles, block):
-    """Why the parts must not become this block; None if nothing in their wording is against it."""
+    """Why the parts must not become this block; None if nothing speaks against it."""
     words = tokenize([block], TOKEN_LIKE.findall)  # in place of tokens
     if len(plain(words)) - steps(words) < MIN_SAVED:
         return "saves too few steps"
-    if len(set(map(bare, titles))) < len(titles):
+    if len({bare(title).lower() for title in titles}) < len(titles):
         return "titles are not distinct"
     texts = [bare(part) for part in parts]
     if any(POINTS.search(text) for text in texts):
@@ -417,8 +417,8 @@ def read_answers(record, left_out):
 
 def read_records(path):
     """The {"id", "prompt", "response", ...} of every answer of a file, a list; the record's own id,
-    or its number. Says on stderr what was left out. BadInput for a file without an answer, and for
-    what is not JSON."""
+    or its number, from 0. Says on stderr what was left out. BadInput for a file without an answer,
+    and for what is not JSON."""
     records = []
     left_out = Counter()
     for n, r in enumerate(read_objects(path)):

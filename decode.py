@@ -189,7 +189,7 @@ class Engine:
         if lm.compiled_step:
             # A prompt or prefixes have too many shapes to compile. But they, too, are padded, for
             # a GPU is slow on a new shape.
-            if n == len(fed):
+            if n == len(fed):  # serial text, or a token a branch
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
             fed, pick = pad(fed, pick, n_slots - 1)
@@ -250,7 +250,8 @@ class Engine:
         return self.serial([self.tags.para_end])
 
     def branches(self, block):
-        """Feeds <|para|> and all prefixes in one pass, then a token of every live branch a pass."""
+        """Feeds <|para|> and all prefixes in one pass, then a token of every live branch a pass; in
+        mode branchwise one branch after the other."""
         start = self.position + 1  # behind <|para|>
         lanes = []
         for number, (title, rest) in enumerate(block, start=1):

@@ -68,9 +68,9 @@ def attend(q, k, v, mask):
     """Grouped-query attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
 
     The nh/nkv neighbouring heads that share keys become rows of one matrix, so that every key is
-    read once. mask: (nh/nkv * T, S) or (B, 1, nh/nkv * T, S), 0 where seen, else -inf; that of the
-    T tokens nh/nkv times, see GPT.forward."""
-    rows = q.reshape(*k.shape[:2], -1, k.size(-1))   # (B, nkv, nh/nkv * T, hs)
+    read once. mask: 0 where seen, else -inf, repeated for these heads by GPT.forward:
+    (nh/nkv * T, S) or (B, 1, nh/nkv * T, S)."""
+    rows = q.reshape(*k.shape[:2], -1, k.size(-1))  # (B, nkv, nh/nkv * T, hs)
     if q.size(2) > MAX_BRANCHES:
         # Wider than a token a branch: a batch to train on, a prompt, prefixes. torch's kernel does
         # not hold all scores in memory.
@@ -78,7 +78,7 @@ def attend(q, k, v, mask):
     else:
         # On a GPU plain products are three times as fast for so few queries.
         scores = rows @ k.transpose(-1, -2) / math.sqrt(k.size(-1))
-        y = (scores + mask).softmax(-1) @ v          # here siblings are hidden
+        y = (scores + mask).softmax(-1) @ v
     return y.view(q.shape)
 
 

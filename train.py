@@ -250,9 +250,9 @@ def main():
     args, start = parse_args()
     if WORLD > 1:
         if args.device.startswith("cuda"):
-            own = f"cuda:{os.environ['LOCAL_RANK']}"
-            check_device(own)
-            torch.cuda.set_device(own)
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            check_device(args.device)
+            torch.cuda.set_device(args.device)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # only process 0 prints
         dist.init_process_group()
