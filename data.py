@@ -136,8 +136,8 @@ def find_run(marks, first):
 
 
 def part_end(marks, start, most):
-    """The line behind the part that opens at line `start`: where the next of its level opens, or one
-    further out. An item or a last section ends before a conclusion, and after `most`
+    """The line behind the part that opens at line `start`: where the next of its level opens, or
+    one further out. An item or a last section ends before a conclusion, and after `most`
     paragraphs."""
     end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
     if is_heading(marks[start]) and marks[end] == marks[start]:
