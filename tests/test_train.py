@@ -313,11 +313,13 @@ def test_an_ordinary_model_learns_to_branch(tmp_path, monkeypatch, answers):
 # ---- processes --------------------------------------------------------------
 
 def start(*argv, code=(), **env):
-    """train.py, or code, as a process of its own."""
+    """train.py, or code, as a process of its own. It can be interrupted, even if these tests run in
+    the background of a shell, where SIGINT is ignored."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.Popen([sys.executable, *(code or [ROOT / "train.py"]), *map(str, argv)],
                             env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+                            text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def start_two(*argv, code=()):
