@@ -315,6 +315,20 @@ def test_refused_sections_may_hold_lists_that_are_independent():
     assert_cut(answer, ["- Walk", "- Rest"], ["- Food", "- Books"])
 
 
+def test_a_value_is_known_only_if_it_is_named_above_as_a_whole():
+    """Not where its digits are a part of another number; and a step of a sum is no result."""
+    answer = f"1. Area: 6 * 7 = 42, {WALK}.\n2. Paint: for 42 take three tins, {REST}.\n"
+    for prompt in ("", "I have 142 rooms."):
+        assert reasons(answer, prompt) == ["uses a value worked out in a sibling"]
+    assert len(blocks(answer, "I have 42 rooms.")) == 1
+    assert len(blocks(answer.replace("= 42,", "= 42.15 + 10,"))) == 1
+
+
+def test_titles_that_differ_by_capitals_alone_are_not_distinct():
+    answer = f"- Dog one\n\n  {WALK}.\n- dog one\n\n  {REST}.\n"
+    assert blocks(answer) == [] and "titles are not distinct" in reasons(answer)
+
+
 # -----------------------------------------------------------------------------
 # titles and costs
 
