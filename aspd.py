@@ -90,6 +90,11 @@ def tokenize(segments, encode):
 
 # ---- the layout: a row for training; the engine builds the same, token by token ----
 
+def branch_lengths(block):
+    """Of each branch, how many tokens it takes in the row, and how many positions."""
+    return [len(title + rest) + BRANCH_TAGS for title, rest in block]
+
+
 class Row(NamedTuple):
     """A prompt and its answer, laid out: five int64 tensors of shape (T,). The T row tokens are all
     that is ever fed, tags and repeated titles included."""
@@ -132,8 +137,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
             # every branch starts at `at`, the position behind <|para|>
             rest_at = add([tags.branch] + title, at, False, n_blocks, number)
             add(rest + [tags.branch_end], rest_at, True, n_blocks, number)
-        lengths = [len(title + rest) + BRANCH_TAGS for title, rest in segment]
-        at += POSITIONS[positions](lengths)
+        at += POSITIONS[positions](branch_lengths(segment))
         at = add([tags.para_end], at, False)
 
     # A chosen token is the target of the one before it in the row. No target crosses from a branch

@@ -305,12 +305,12 @@ def make_rows(records, tokenizer, config):
     """Answers -> a list of Rows, without those whose tagged row exceeds the context. Where
     config.positions is None, the rows are those of the plain answers; the same are left out, so
     that the two models can be compared."""
+    positions = config.positions or "aspd"
     rows = []
     for r in tqdm(records, desc="tokenizing", leave=False, disable=None):
         prompt = tokenizer.prompt(r["prompt"])
         segments, _ = extract(r["response"], r["prompt"])
         ids = tokenize(segments, tokenizer.encode)
-        positions = config.positions or "aspd"
         row = layout(prompt, ids, tokenizer.eos, tokenizer.tags, positions)
         if len(row.token) > config.block_size:
             continue

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 
 import torch
 
-from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, cache_mask, check,
-                  plain)
+from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, branch_lengths,
+                  cache_mask, check, plain)
 from data import Tokenizer, cli, printable, read_objects
 from model import check_device, from_checkpoint, pack, read_checkpoint
 
@@ -160,9 +160,11 @@ class Engine:
         self.left = left  # how many row tokens may still be fed, the prompt included
         self.watch = watch
         temperature, top_k, top_p = sampling
-        top_k = 1 if temperature == 0 or top_p == 0 else top_k or lm.model.config.vocab_size
+        is_greedy = temperature == 0 or top_p == 0
+        top_k = 1 if is_greedy else top_k or lm.model.config.vocab_size  # 0 stands for all
+        temperature = max(temperature, 1e-6)  # in float32 a smaller one could be 0, and 0 / 0 NaN
         temperature, top_p = torch.tensor(
-            [max(temperature, 1e-6), top_p], dtype=torch.float32, device=lm.device)
+            [temperature, top_p], dtype=torch.float32, device=lm.device)
         self.sampling = (temperature, top_k, top_p)  # of sample()
         # The last slot is never used by a token of the row: it is for pad().
         lm.model.setup_cache(power_of_two(max(left + 1, 256)))
@@ -193,9 +195,9 @@ class Engine:
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
             fed, pick = pad(fed, pick, n_slots - 1)
-        fed = torch.tensor(fed, device="cpu").t()    # (4, T)
-        pick = torch.tensor(pick, device="cpu")      # (N,)
-        _, position, branch, _ = fed[:, pick]  # where a token is chosen
+        fed = torch.tensor(fed, device="cpu").t()  # (4, T)
+        pick = torch.tensor(pick, device="cpu")    # (N,)
+        _, position, branch, _ = fed[:, pick]      # where a token is chosen
         u = self.uniform[position, branch]
         fed, pick, u = (x.to(lm.device) for x in (fed, pick, u))
         chosen, _ = step(lm.model, fed, pick, lm.allow[state], u, self.sampling, n_slots)
@@ -265,7 +267,7 @@ class Engine:
                 live = [lane for lane in live if lane.next]
 
         self.lm.model.owner.zero_()  # the block's slots become shared
-        lengths = [len(title + rest) + BRANCH_TAGS for title, rest in block]
+        lengths = branch_lengths(block)
         self.position = start + POSITIONS[self.lm.model.config.positions](lengths)
         self.left -= 1 + sum(lengths)  # <|para|> and the branches
 
