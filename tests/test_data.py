@@ -12,7 +12,7 @@ import torch
 
 import data
 from aspd import IGNORE, Block, branch_mask, layout, plain, steps, tokenize
-from data import (Tokenizer, batches, collate, corpus, extract, learn_tokenizer, make_rows, printable,
+from data import (batches, collate, corpus, extract, learn_tokenizer, make_rows, printable,
                   read_objects, read_records, split_held_out)
 from helpers import TOKENIZER, fails, random_ids, tiny_model, write_answers
 from model import GPTConfig
