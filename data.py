@@ -12,7 +12,6 @@ import random
 import re
 import signal
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -213,24 +212,6 @@ def take_turns(texts):
     return len(labels) > 1 and max(labels.values()) > 1
 
 
-def refusal(parts, titles, block):
-    """Why the parts must not become this block; None if nothing speaks against it."""
-    words = tokenize([block], TOKEN_LIKE.findall)  # in place of tokens
-    if len(plain(words)) - steps(words) < MIN_SAVED:
-        return "saves too few steps"
-    if len({bare(title).lower() for title in titles}) < len(titles):
-        return "titles are not distinct"
-    texts = [bare(part) for part in parts]
-    if any(POINTS.search(text) for text in texts):
-        return "points at a sibling"
-    if take_turns(texts):
-        return "is a dialogue"
-    instructions = [part for part in parts if INSTRUCTION.match(part)]
-    if 2 * len(instructions) >= len(parts) or any(LEFT.match(part) for part in parts):
-        return "is a chain of instructions"
-    return None
-
-
 def things(pattern, text):
     """What a pattern finds in a text, a set. "Week 2" is "week 2", too."""
     return {thing.lower() for thing in re.findall(pattern, text)}
@@ -254,6 +235,25 @@ def taken_up(parts, titles, above):
     return None
 
 
+def refusal(parts, titles, block, above):
+    """Why the parts must not become this block; None if nothing speaks against it. above: see
+    taken_up()."""
+    words = tokenize([block], TOKEN_LIKE.findall)  # in place of tokens
+    if len(plain(words)) - steps(words) < MIN_SAVED:
+        return "saves too few steps"
+    if len({bare(title).lower() for title in titles}) < len(titles):
+        return "titles are not distinct"
+    texts = [bare(part) for part in parts]
+    if any(POINTS.search(text) for text in texts):
+        return "points at a sibling"
+    if take_turns(texts):
+        return "is a dialogue"
+    instructions = [part for part in parts if INSTRUCTION.match(part)]
+    if 2 * len(instructions) >= len(parts) or any(LEFT.match(part) for part in parts):
+        return "is a chain of instructions"
+    return taken_up(parts, titles, above)
+
+
 def extract(text, prompt=""):
     """An answer -> its segments (str or Block), and the refused runs as (reason, first character).
     Joined, the segments are the text, whatever it is; none is empty."""
@@ -274,8 +274,7 @@ def extract(text, prompt=""):
         parts = [text[a:b] for a, b in zip(bounds, bounds[1:])]
         titles = make_titles(parts)
         block = make_block(parts, titles)
-        reason = refusal(parts, titles, block)
-        reason = reason or taken_up(parts, titles, prompt + "\n" + text[:bounds[0]])
+        reason = refusal(parts, titles, block, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0]))
             for line in run[:-1]:
@@ -290,13 +289,10 @@ def extract(text, prompt=""):
 # ---- rows and batches -------------------------------------------------------
 
 def split_held_out(records):
-    """-> (train, held out): the answers to 2% of the prompts, the same in every run. At least one
+    """-> (train, held out): the answers to every 50th prompt, in alphabetical order. At least one
     prompt is held out where there are two, none where there is one."""
-    prompts = {r["prompt"] for r in records}
-    n_held = min(max(len(prompts) // 50, 1), len(prompts) - 1)
-    # in the order of their checksums: shuffled, but always alike
-    shuffled = sorted(prompts, key=lambda prompt: (zlib.crc32(repr(prompt).encode()), prompt))
-    held = set(shuffled[:n_held])
+    prompts = sorted({r["prompt"] for r in records})
+    held = set(prompts[1::50])
     train = [r for r in records if r["prompt"] not in held]
     return train, [r for r in records if r["prompt"] in held]
 

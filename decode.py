@@ -160,9 +160,7 @@ class Engine:
         self.left = left  # how many row tokens may still be fed, the prompt included
         self.watch = watch
         temperature, top_k, top_p = sampling
-        is_greedy = temperature == 0 or top_p == 0
-        top_k = 1 if is_greedy else top_k or lm.model.config.vocab_size  # 0 stands for all
-        temperature = max(temperature, 1e-6)  # in float32 a smaller one could be 0, and 0 / 0 NaN
+        top_k = 1 if temperature < 1e-6 else top_k or lm.model.config.vocab_size  # 0 means all
         temperature, top_p = torch.tensor(
             [temperature, top_p], dtype=torch.float32, device=lm.device)
         self.sampling = (temperature, top_k, top_p)  # of sample()
@@ -309,10 +307,6 @@ def pad(fed, pick, last_slot):
 def compile_step(lm):
     """forward_pass, compiled by torch.compile for few static shapes."""
     torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
-    # On a CPU inductor lets oneDNN pack frozen weights. That pays in bfloat16 alone.
-    packs = lm.device.type == "cpu" and lm.model.model.embed_tokens.weight.dtype == torch.bfloat16
-    torch._inductor.config.freezing = packs
-    torch._inductor.config.cpp.enable_concat_linear = packs  # q, k and v in one product
     mode = "reduce-overhead" if lm.device.type == "cuda" else None  # CUDA graphs
     return torch.compile(forward_pass, fullgraph=True, dynamic=False, mode=mode)
 
@@ -383,10 +377,10 @@ class View:
     def __call__(self, engine):
         """Shows the engine's answer so far."""
         decode = engine.lm.tokenizer.decode
-        is_in_block = isinstance(engine.segments[-1], Block)
-        block = engine.segments[-1] if is_in_block else []
-        done = engine.segments[:-1] if is_in_block else engine.segments
-        text = decode(plain(done)).rstrip("\ufffd")  # half a character
+        *done, last = engine.segments
+        block = last if isinstance(last, Block) else []
+        # Half a character decodes to U+FFFD.
+        text = decode(plain(done if block else engine.segments)).rstrip("\ufffd")
         columns, rows = shutil.get_terminal_size()
         lines = []
         # The cursor goes back by whole lines, within the window: so only if the text ends with a

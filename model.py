@@ -233,9 +233,9 @@ def fast_dtype(device):
 
 
 def save_checkpoint(out_dir, **state):
-    """Writes out_dir/ckpt.pt whole or not at all: a new file, which then replaces the old one."""
+    """Writes out_dir/ckpt.pt whole or not at all: a new file, which then replaces the old one. The
+    folder must exist."""
     path = Path(out_dir, "ckpt.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"ckpt-{os.getpid()}.tmp")  # not another process's
     try:
         with naming(f"cannot write {new}"):

@@ -74,8 +74,7 @@ def parse_args():
     start = None
     if args.resume:
         given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-        others = ", ".join(sorted(given - BESIDE_RESUME))
-        check(not others, f"--resume goes on with the settings of its run, so not with {others}")
+        check(given <= BESIDE_RESUME, f"not to be given with --resume: {given - BESIDE_RESUME}")
         start = read_checkpoint(args.out_dir)
         check(start.get("args"), f"--resume: {args.out_dir} holds no run of train.py")
         p.set_defaults(**start["args"] | {"out_dir": args.out_dir})

@@ -40,12 +40,12 @@ from model import GPT, GPTConfig, save_checkpoint
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def map_file(path):
-    """A file's bytes, mapped; changes stay in memory. BadInput where it is empty or a mere Git LFS
-    pointer."""
+def map_file(path, size=0, offset=0):
+    """A file's bytes, all or a part, mapped; changes stay in memory. BadInput where it is empty or
+    a mere Git LFS pointer."""
     with naming(path), open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        check(data[:8] != b"version ", "is a Git LFS pointer: run `git lfs pull` there")
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
+        check(offset or data[:8] != b"version ", "is a Git LFS pointer: run `git lfs pull` there")
     return data
 
 
@@ -60,7 +60,8 @@ def read_json(path):
 
 def read_safetensors(path, dtype=None):
     """{name: tensor} of a file: 8 bytes header length, a JSON header, raw tensors. dtype: what to
-    turn them into; None: they stay mapped. BadInput naming the tensor whose entry does not fit."""
+    turn them into; None: they stay mapped, each by itself, so that its pages leave the memory with
+    it. BadInput naming the tensor whose entry does not fit."""
     data = map_file(path)
     with naming(f"{path}: header"):
         start = 8 + int.from_bytes(data[:8], "little")
@@ -70,11 +71,12 @@ def read_safetensors(path, dtype=None):
     tensors = {}
     for name, entry in header.items():
         with naming(f"{path}: tensor {name} = {entry}"):
-            raw = memoryview(data)[start:][slice(*entry["data_offsets"])]
+            span = range(start, len(data))[slice(*entry["data_offsets"])]
+            before = span.start % mmap.ALLOCATIONGRANULARITY  # a mapping starts with a page
+            page = map_file(path, before + len(span), span.start - before)
+            raw = memoryview(page)[before:before + len(span)]
             tensor = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
             tensors[name] = tensor.to(dtype or tensor.dtype)
-        if hasattr(mmap, "MADV_DONTNEED"):  # what has been read leaves the memory again
-            data.madvise(mmap.MADV_DONTNEED)
     return tensors
 
 
@@ -448,18 +450,19 @@ def convert(folder, out, system=None, dtype=None):
     load_weights(model, path.parent, dtype)
     known = [i for i, token in tokenizer.bytes.items() if len(token) == 1 and i < size]
     lacking = 256 - len(known)
-    weights = list(model.parameters())
+    n_weights = sum(map(torch.numel, model.parameters()))
+    types = ", ".join(sorted({str(weight.dtype) for weight in model.parameters()}))
     # A lacking byte starts as the mean of the other bytes.
     grow(model, [known] * lacking + [tokenizer.encode(words) for words in TAG_WORDS])
+    Path(out).mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, config=vars(c), tokenizer=tokenizer.settings, model=model.state_dict())
 
     texts = {i: text for text, i in added.items()}
     ends = [f"{i} {texts.get(i)}" for i in sorted(tokenizer.stop)]
-    types = sorted({str(weight.dtype) for weight in weights})
     return [
         f"{c.n_layer} layers of {c.n_embd} channels, {c.n_head} heads of {c.head_size} "
         f"({c.n_kv_head} for keys), context {c.block_size}",
-        f"{sum(map(torch.numel, weights)):,} weights in {', '.join(types)}",
+        f"{n_weights:,} weights in {types}",
         f"{size} tokens, {lacking} for bytes that the vocabulary lacks, {len(TAG_WORDS)} tags",
         f"chat form: {write(tokenizer.chat, added, '{prompt}')!r}",
         f"an answer ends with: {', '.join(ends)}", *notes]

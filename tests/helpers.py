@@ -65,6 +65,7 @@ def save_tiny(out_dir, model=None, **changes):
     model = model or tiny_model()
     state = dict(step=3, args={}, config=asdict(model.config), model=model.state_dict(), optimizer={},
                  tokenizer=TOKENIZER.settings)
+    out_dir.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out_dir, **state | changes)
     return out_dir
 

@@ -43,6 +43,7 @@ def write_records(path, records):
 
 
 def save_tiny(out_dir, lm):
+    out_dir.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out_dir, config=vars(lm.model.config), model=lm.model.state_dict(),
                     tokenizer=lm.tokenizer.settings)
     return out_dir
