@@ -185,14 +185,17 @@ def make_block(parts, titles):
 
 
 POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to step 1" names it
-    r"\A(?:However|Thus|Then|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
+    r"\A(?:However|Thus|Then|These|Those|As a result|If (?:yes|no|so))\b|\A(?:Next|Also|Finally),"
     r"|[a-z,(] [Ss]teps? \d|\bprevious step")
-# A numbered instruction without a label: "1. Preheat the oven.", not "1. Heat the oven: ...".
+# An instruction of a chain: "Step 1: ...", "1. **Peel the apples**: ...", or without a label, "1.
+# Preheat the oven.", but not "1. Heat the oven: ...".
 INSTRUCTION = re.compile(
-    rf"\s*{NUMBER} +[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: )")
+    rf"\W*Step \d|\s*{NUMBER} +(?:\*\*[A-Z][a-z]+ (?:and [A-Z][a-z]+ )?[Tt]he "
+    r"|[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
 # "Pour the egg mixture into the pan."
-LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:the (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,])")
+LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,])")
+CHAIN = "is a chain of instructions"
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
@@ -250,7 +253,7 @@ def refusal(parts, titles, block, above):
         return "is a dialogue"
     instructions = [part for part in parts if INSTRUCTION.match(part)]
     if 2 * len(instructions) >= len(parts) or any(LEFT.match(part) for part in parts):
-        return "is a chain of instructions"
+        return CHAIN
     return taken_up(parts, titles, above)
 
 
@@ -277,8 +280,10 @@ def extract(text, prompt=""):
         reason = refusal(parts, titles, block, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0]))
-            for line in run[:-1]:
-                marks[line] = END  # opens no part any more, but ends those inside the part before
+            # The run's lines open no part any more, but end those inside the part before. In a
+            # chain of instructions no line does: steps within a step are a chain, too.
+            for line in range(i, run[-1]) if reason == CHAIN else run[:-1]:
+                marks[line] = END
         else:
             segments += [text[done:bounds[0]], block]
             done = bounds[0] + len(join([block]))
@@ -291,8 +296,7 @@ def extract(text, prompt=""):
 def split_held_out(records):
     """-> (train, held out): the answers to every 50th prompt, in alphabetical order. At least one
     prompt is held out where there are two, none where there is one."""
-    prompts = sorted({r["prompt"] for r in records})
-    held = set(prompts[1::50])
+    held = set(sorted({r["prompt"] for r in records})[1::50])
     train = [r for r in records if r["prompt"] not in held]
     return train, [r for r in records if r["prompt"] in held]
 

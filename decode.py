@@ -218,16 +218,15 @@ class Engine:
 
     def run(self, prompt):
         """Prefill, then serial text and blocks until end-of-text or until nothing is left."""
-        stop = self.lm.tokenizer.stop
         token = self.serial(prompt)
         self.first_token_at = time.perf_counter()
-        while token not in stop and self.left > 0:
+        while token not in self.lm.tokenizer.stop and self.left > 0:
             if token == self.tags.title:
                 token = self.block()
             else:
                 self.segments[-1].append(token)
                 token = self.serial([token])
-        self.cut |= token not in stop
+        self.cut |= token not in self.lm.tokenizer.stop
 
     def block(self):
         """Titles, then branches. Returns the first serial token after the block."""

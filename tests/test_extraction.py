@@ -262,9 +262,15 @@ REFUSED = {  # reason: answers
         f"1. Preheat the oven to 200 degrees, and {WALK}.\n2. In a large bowl, mix flour and eggs, and {REST}.\n"
         f"3. Add to the batter what is left, and {FOOD}.\n4. Bake until brown.\n",
         f"1. **Stir**: mix flour and eggs, and {WALK}.\n2. **Bake**: pour in the egg mixture, and {REST}.\n",
-        f"1. **Fry**: brown the onions and set them aside. Then {WALK}.\n2. **Boil**: cook the rice, and {REST}.\n"],
+        f"1. **Fry**: brown the onions and set them aside. Then {WALK}.\n2. **Boil**: cook the rice, and {REST}.\n",
+        f"1. **Wash**: use cold water. The mixture is then ready to {WALK}.\n2. **Dry**: it is best to {REST}.\n",
+        f"1. **Peel the apples**: with a knife, {WALK}.\n2. **Cut the Apples:** into four, and {REST}.\n",
+        f"1. **Select and Wash the Apples**: red ones, {WALK}.\n2. **Juice the apples**: for hours, {REST}.\n",
+        f"**Step 1: Wash**\n\nUse cold water to {WALK}.\n\n**Step 2: Dry**\n\nIt is best to {REST}.\n"],
     "points at a sibling": [
         f"1. Rome grew because people {WALK}.\n2. As a result, its neighbours had to {REST} and {FOOD}.\n",
+        f"- There are seven of them, which {WALK}.\n- These seven have to {REST}.\n",
+        f"1. Walk: {WALK}.\n2. Finally, share the photographs, and {REST}.\n",
         f"1. Have you ever had to {REST}?\n2. If yes, tell us how you {WALK} and {FOOD}.\n",
         f"1. Walk: {WALK}.\n2. Rest: go back to step 1 and {REST}.\n",
         f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n"],
@@ -290,11 +296,23 @@ def test_dependent_parts_stay_serial_and_the_reason_is_given(reason, answer):
     assert blocks(answer) == [] and reason in reasons(answer)
 
 
+def test_nothing_inside_a_chain_of_instructions_is_a_block():
+    """Steps within a step go on from each other, too. Within other refused runs lists are looked into."""
+    steps = f"   - Heat the oil, and {WALK}.\n   - Stir in the rest, and {REST}.\n"
+    chain = f"1. **Fry the onions**:\n{steps}\n2. **Boil the rice**:\n{steps}\nWell done!\n\n- Salt: {WALK}.\n- Oil: {REST}.\n"
+    assert [len(block) for block in blocks(chain)] == [2] and blocks(chain)[0][0].title == "- Salt"
+    assert reasons(chain) == ["is a chain of instructions"]
+    other = chain.replace("Fry the onions", "Frying").replace("Boil the rice", "After that, as in step 1")
+    assert len(blocks(other)) == 3 and reasons(other) == ["points at a sibling"]
+
+
 ALLOWED = {  # what a branch may rely on: nearly the same answers as some that are refused
     "what the text before says": (f"Add a `user_name`.\n\n1. Table: store the `user_name`, and {WALK}.\n"
         f"2. Form: ask for the `user_name`, and {REST}.\n"),
     "a value in the question": (f"1. Floor: the room has 4 x 6 = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n"),
+    "time that is set aside": f"1. Walk: set aside an hour, and {WALK}.\n2. Rest: for as long, and {REST}.\n",
+    "labels that take up no thing": f"1. **Drink Water**: {WALK}.\n2. **Know your limits**: {REST}.\n",
     "an order with a name": (f"1. Heat the oven: at first {WALK}.\n2. Mix the batter: it is best to {REST}.\n"),
     "orders without numbers": f"- Avoid the sun, and {WALK}.\n- Stir the mixture, and {REST}.\n",
     "one label for all": f"1. **Need**: sleep, to {REST}.\n2. **Need**: walks, to {WALK}.\n",

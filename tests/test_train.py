@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import decode
 import model
 import train
-from aspd import IGNORE, Block, Branch, layout, plain
+from aspd import IGNORE, Block, Branch, layout, check, plain
 from data import collate
 from helpers import (TOKENIZER, fails, random_ids, save_tiny, tiny_model, write_answers)
 from model import from_checkpoint, read_checkpoint, save_checkpoint
@@ -376,6 +376,20 @@ import torch, data, train
 clip = torch.nn.utils.clip_grad_norm_
 torch.nn.utils.clip_grad_norm_ = lambda parameters, _: clip(parameters, 1e9)
 data.cli(train.main)"""
+
+
+def test_a_process_without_a_gpu_of_its_own_says_which(tmp_path, monkeypatch, answers):
+    """Process 3 of several on a machine with one GPU; before any work, and with nothing written."""
+    def one_gpu(device):
+        check(device in ("cuda", "cuda:0"), f"device {device!r}: invalid device ordinal")
+
+    monkeypatch.setattr(train, "check_device", one_gpu)
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="device 'cuda:3': invalid"):
+        run_main(monkeypatch, "--data", answers, "--out-dir", tmp_path / "out", "--device", "cuda",
+                 "--accumulate", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_train_like_one(tmp_path, monkeypatch, capsys, answers):
