@@ -59,10 +59,10 @@ MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # what a part opens with: "- ", "2
 CONCLUSION = re.compile(
     r"(?i)(?:In )?(?:Summary|Conclusion)|(?:Key )?Takeaway|Bottom Line|In (?:short|essence),"
     r"|Overall|Therefore|Ultimately|Verse \d|Chorus|总结|综上|总之"
-    # These only where the title ends: "Steps:", but not "Steps of the temple:".
-    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps|What to Do|Explanation"
-    r"|Solution|Comparison|Total|Output|Answer|Results?|(?:Final|Revised|Corrected)(?: \w+)?)"
-    r"[ \t\r]*[:*\n(]")
+    # These only where the title ends: "Steps:", "Steps to Sew It:", not "Steps of the temple:".
+    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .*)?|What to Do"
+    r"|Explanation|Solution|Comparison|Total|Output|Answer|Results?"
+    r"|(?:Final|Revised|Corrected)(?: \w+)?)[ \t\r]*[:*\n(]")
 
 
 class Mark(NamedTuple):
@@ -185,12 +185,12 @@ def make_block(parts, titles):
 
 
 POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to step 1" names it
-    r"\A(?:However|Thus|Then|These|Those|As a result|If (?:yes|no|so))\b|\A(?:Next|Also|Finally),"
+    r"\A(?:However|Thus|Then|These|Those|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
     r"|[a-z,(] [Ss]teps? \d|\bprevious step")
 # An instruction of a chain: "Step 1: ...", "1. **Peel the apples**: ...", or without a label, "1.
 # Preheat the oven.", but not "1. Heat the oven: ...".
 INSTRUCTION = re.compile(
-    rf"\W*Step \d|\s*{NUMBER} +(?:\*\*[A-Z][a-z]+ (?:and [A-Z][a-z]+ )?[Tt]he "
+    rf"\W*Step \d|\s*{NUMBER} +(?:\*\*[A-Z][a-z]+ [Tt]he "
     r"|[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
 # "Pour the egg mixture into the pan."

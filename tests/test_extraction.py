@@ -143,6 +143,13 @@ def test_what_works_on_its_sibling_is_no_sibling(things, steps):
     assert len(blocks(answer.replace(f"{steps}:", f"{steps} in Rome:"))) == 1  # only where the title ends
 
 
+def test_steps_may_say_what_to():
+    """"Steps to sew it" use the things above; "Steps of the temple" do not."""
+    answer = f"### Tools\n\n{WALK}.\n\n### Steps to Sew a Button (Short)\n\n{REST}.\n"
+    assert blocks(answer) == [] and not reasons(answer)
+    assert len(blocks(answer.replace("Steps to Sew", "Steps of"))) == 1
+
+
 def test_sections_in_the_middle_may_be_long_but_the_last_one_ends_where_the_answer_goes_on():
     body = f"{WALK}.\n\n"
     answer = f"## Body\n\n{body}## Mind\n\n{body}Slowly.\n\n## Food\n\n{FOOD}.\n"
@@ -265,12 +272,10 @@ REFUSED = {  # reason: answers
         f"1. **Fry**: brown the onions and set them aside. Then {WALK}.\n2. **Boil**: cook the rice, and {REST}.\n",
         f"1. **Wash**: use cold water. The mixture is then ready to {WALK}.\n2. **Dry**: it is best to {REST}.\n",
         f"1. **Peel the apples**: with a knife, {WALK}.\n2. **Cut the Apples:** into four, and {REST}.\n",
-        f"1. **Select and Wash the Apples**: red ones, {WALK}.\n2. **Juice the apples**: for hours, {REST}.\n",
         f"**Step 1: Wash**\n\nUse cold water to {WALK}.\n\n**Step 2: Dry**\n\nIt is best to {REST}.\n"],
     "points at a sibling": [
         f"1. Rome grew because people {WALK}.\n2. As a result, its neighbours had to {REST} and {FOOD}.\n",
         f"- There are seven of them, which {WALK}.\n- These seven have to {REST}.\n",
-        f"1. Walk: {WALK}.\n2. Finally, share the photographs, and {REST}.\n",
         f"1. Have you ever had to {REST}?\n2. If yes, tell us how you {WALK} and {FOOD}.\n",
         f"1. Walk: {WALK}.\n2. Rest: go back to step 1 and {REST}.\n",
         f"1. Walk: {WALK}.\n2. Rest: the previous step made you tired, so {REST}.\n"],
