@@ -60,7 +60,7 @@ CONCLUSION = re.compile(
     r"(?i)(?:In )?(?:Summary|Conclusion)|(?:Key )?Takeaway|Bottom Line|In (?:short|essence),"
     r"|Overall|Therefore|Ultimately|Verse \d|Chorus|总结|综上|总之"
     # These only where the title ends: "Steps:", "Steps to Sew It:", not "Steps of the temple:".
-    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .*)?|What to Do"
+    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .{,60})?|What to Do"
     r"|Explanation|Solution|Comparison|Total|Output|Answer|Results?"
     r"|(?:Final|Revised|Corrected)(?: \w+)?)[ \t\r]*[:*\n(]")
 

@@ -410,7 +410,7 @@ def test_nothing_is_lost_whatever_the_text():
             assert all(titles(block)), answer
 
 
-STRESS = {"1. 1. 1.": "1. ", "items": "1. a thing of the town\n", "labels": "Aa: b\n\n", "stars": "* ",
+STRESS = {"1. 1. 1.": "1. ", "blanks": " ", "items": "1. a thing of the town\n", "labels": "Aa: b\n\n", "stars": "* ",
           "blank lines": "\n", "headings": "# a\n", "code": "x = 33\n", "one word": "a", "fences": "```\n",
           "formulas": "$$\n", "brackets": "\\[\n", "bullets": "- a\n", "kinds": "- a\n1. b\n"}
 
@@ -433,6 +433,7 @@ def test_time_grows_linearly(name):
     """Twice the text takes about twice the time (three times, and a little for the clock)."""
     text = STRESS[name] * (60_000 // len(STRESS[name]))
     assert seconds(text + text) < 3 * seconds(text) + 0.1
+    assert seconds("Steps to" + text + text) < 3 * seconds("Steps to" + text) + 0.1
 
 
 LONG = {"one word": "a", "names": "a_b", "values": "=12", "signs": "(", "backticks": "`", "lines": "\n[[["}
