@@ -30,9 +30,9 @@ import torch
 
 # Names for printing. A tokenizer holds six ids for them, which encode() never returns.
 TAG_NAMES = ("<|title|>", "<|/title|>", "<|para|>", "<|/para|>", "<|branch|>", "<|/branch|>")
-# How far serial text goes on behind the start of a block's branches: by the sum of their lengths,
-# as if they had been written one after the other (Seq in the paper), or by the longest (Max). No
-# position is larger than the token's index in the row.
+# All branches of a block start at one position. Serial text goes on behind it by the sum of their
+# lengths, as if they had been written one after the other (Seq in the paper), or by the longest
+# (Max). So what has room for the tokens of a row has room for their positions.
 POSITIONS = {"aspd": sum, "longest": max}
 MAX_BRANCHES = 16  # of a block; a pass with one token of each branch has so many at most
 BRANCH_TAGS = 2    # <|branch|> and <|/branch|>: each takes a token and a position of its branch
@@ -91,7 +91,7 @@ def tokenize(segments, encode):
 # ---- the layout: a row for training; the engine builds the same, token by token ----
 
 def branch_lengths(block):
-    """Of each branch, how many tokens it takes in the row, and how many positions."""
+    """Of each branch, how many tokens it takes in the row; it takes as many positions."""
     return [len(title + rest) + BRANCH_TAGS for title, rest in block]
 
 
@@ -145,7 +145,7 @@ def layout(prompt, segments, eos, tags=None, positions="aspd"):
     # or <|/para|>.
     *columns, chosen = zip(*row)
     columns.append([*chosen[1:], eos])  # the last token of a row is serial
-    # Everywhere tensors name their device: a program around us may have set another default.
+    # Tensors name their device, here and elsewhere: a notebook may have set another default.
     return Row(*[torch.tensor(column, device="cpu") for column in columns])
 
 
@@ -162,8 +162,8 @@ def branch_mask(block, branch):
 
 
 def cache_mask(slot, branch, owner):
-    """The same rule in the KV cache (section 3.4), where the tokens of live branches alternate: a
-    query sees the slots at or before its own that are shared or belong to its branch.
+    """The same rule in the KV cache (section 3.4), where the tokens of the branches that are being
+    written alternate: a query sees the slots at or before its own that are shared or its branch's.
     slot, branch: (T,), of the queries. owner: (S,), of each slot the branch that is being written
     there, 0 = shared; slots that nothing was written to may hold anything. -> (T, S) bool."""
     at_or_before = torch.arange(len(owner), device=owner.device) <= slot[:, None]
@@ -201,15 +201,14 @@ def main():
     row = layout(encode("How to live well?"), ids, vocab["<eos>"], Tags(*range(6)))
     mask = branch_mask(row.block, row.branch).tolist()
     names = {i: name for name, i in vocab.items()} | {IGNORE: "-"}
-    lines = ["row token        block branch position  target        sees (# yes, . no)"]
+    print("row token        block branch position  target        sees (# yes, . no)")
     columns = zip(*(column.tolist() for column in row))
     for t, (token, block, branch, position, target) in enumerate(columns):
         seen = "".join(".#"[sees] for sees in mask[t][:t + 1])
-        lines.append(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
-                     f"{names[target]:<12}  {seen}")
+        print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
+              f"{names[target]:<12}  {seen}")
     n = len(plain(ids))
-    lines.append(f"\n{n} plain tokens in {steps(ids)} steps: branches this short do not pay.")
-    print("\n".join(lines))  # in one write, so that `| head` does not break it
+    print(f"\n{n} plain tokens in {steps(ids)} steps: branches this short do not pay.")
 
 
 # ---- errors -----------------------------------------------------------------

@@ -40,15 +40,15 @@ LEVELS = [re.compile(pattern, re.M) for pattern in [
     r"\w.*\n---+[ \t\r]*$",                                       # "Body" above "----"
     r"\*\*[^*\s][^*\n]*\*\*[:：]?[ \t\r]*$",                       # "**Body**" alone on its line
     r"\*\*[^*\s][^*\n]*(?:[:：]\*\*|\*\*[:：])",                   # "**Body:** Walk daily."
-    r"(?:One|Another) |(?:First|Second|Third|Fourth|Fifth)(?:ly)?,",  # "First, walk daily."
+    r"(?:One|Another) |(?:First|Second|Third|Fourth|Fifth)(?:ly)?,",  # "One way is ...", "First, "
     r"[ \t]*(?:\*\*)?" + NUMBER,                                   # "2. Walk daily."
     r"[ \t]*[-*+•][ \t]+\S",                                       # "- Walk daily."
 ]]
 OPAQUE = [(re.compile(opening), closing) for opening, closing in [
     # What is never cut: how its first line begins, and what ends it. (?!...): not on the same line.
-    (r"\s*`{3,}[^`]*$", r"^\s*`{3,}\s*$"),          # code
-    (r"\s*<pre(?!.*</pre>)", r"</pre>"),
-    (r"\s*#\+begin_", r"#\+end_"),                  # code in Org mode
+    (rf"\s*(?:(?:[-*+•]|{NUMBER})\s*)?`{{3,}}[^`]*$", r"^\s*`{3,}\s*$"),  # code, also in an item
+    (r"\s*<pre\b(?!.*</pre>)", r"</pre>"),
+    (r"(?i)\s*#\+begin_", r"(?i)#\+end_"),          # code in Org mode
     (r"\s*<think>(?!.*</think>)", r"</think>"),     # reasoning
     (r"\s*\$\$(?!.*\$\$)", r"\$\$"),               # formulas
     (r"\s*\\\[(?!.*\\\])", r"\\\]"),
@@ -58,21 +58,21 @@ MARKER = re.compile(rf"\W*(?:{NUMBER})?\W*")  # what a part opens with: "- ", "2
 # A part or paragraph that needs the ones before it, for it sums them up or works on them.
 CONCLUSION = re.compile(
     r"(?i)(?:In )?(?:Summary|Conclusion)|(?:Key )?Takeaway|Bottom Line|In (?:short|essence),"
-    r"|Overall|Therefore|Ultimately|Verse \d|Chorus|总结|综上|总之"
+    r"|(?:Overall|Therefore|Ultimately)\b|Verse \d|Chorus|总结|综上|总之"
     # These only where the title ends: "Steps:", "Steps to Sew It:", not "Steps of the temple:".
-    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .{,60})?|What to Do"
-    r"|Explanation|Solution|Comparison|Total|Output|Answer|Results?"
+    r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .{,60})?"
+    r"|What to Do|Explanation|Solution|Comparison|Total|Output|Answer|Results?"
     r"|(?:Final|Revised|Corrected)(?: \w+)?)[ \t\r]*[:*\n(]")
 
 
 class Mark(NamedTuple):
     """What a line is in the outline. Siblings have equal Marks."""
-    what: str  # part (opens one), text, conclusion (of either kind: "## Summary", "Overall, ..."),
+    what: str  # part (it opens one), text, conclusion (would be either: "## Summary", "Overall, "),
     #            blank, end
     rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: no part
 
 
-END = Mark("end", ())  # further out than any part
+END = Mark("end", ())  # () is smaller than any rank: further out than any part
 
 
 def bare(text):
@@ -128,7 +128,7 @@ def find_run(marks, first):
     """
     run = [first, part_end(marks, first, math.inf)]  # the first part has what it has
     at_least = 1 if is_heading(marks[first]) else 0
-    most = max(len(paragraphs(marks, *run)), at_least)
+    most = max(len(paragraphs(marks, first, run[1])), at_least)
     while marks[run[-1]] == marks[first]:
         run.append(part_end(marks, run[-1], most))
     return run
@@ -140,7 +140,7 @@ def part_end(marks, start, most):
     paragraphs."""
     end = next(k for k in itertools.count(start + 1) if marks[k].rank <= marks[start].rank)
     if is_heading(marks[start]) and marks[end] == marks[start]:
-        return end
+        return end  # it is not the last section
     for n, k in enumerate(paragraphs(marks, start, end)):
         if n >= most or marks[k].what == "conclusion":
             return k
@@ -149,13 +149,13 @@ def part_end(marks, start, most):
 
 # ---- extraction: titles and rules ---------------------------------------------
 
-TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # a sign or a word
+TOKEN_LIKE = re.compile(r"[一-鿿ぁ-ヿ]|[^\s:：*一-鿿ぁ-ヿ]+")  # a CJK sign or a word
 
 
 def make_titles(parts):
     """A title for each part: the fewest words of its first line that are its own.
 
-    "1. Buy a red apple", "2. Buy a green apple" -> "1. Buy a red", "2. Buy a green"
+    "1. Ripe red apples", "2. Ripe green apples" -> "1. Ripe red", "2. Ripe green"
     """
     openings = []  # of each part: its first line up to the first word, up to the second, ...
     for part in parts:
@@ -173,7 +173,7 @@ def make_titles(parts):
 def make_block(parts, titles):
     """The Block of parts that follow each other. White space between two parts opens the title of
     the second one; that behind the last part is not in the block."""
-    size = math.ceil(len(parts) / MAX_BRANCHES)  # neighbours that share a branch
+    size = math.ceil(len(parts) / MAX_BRANCHES)  # neighbours that share a branch and its title
     block = Block()
     space = ""
     for i in range(0, len(parts), size):
@@ -199,7 +199,7 @@ CHAIN = "is a chain of instructions"
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
-RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 42", not "= 42 + 1"
+RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 42", not "= 42 + 1", nor its 4
 NAME = r"\b[a-z]+(?:_[a-z]+|[A-Z][a-z]+)+\b"        # user_name, jobStart
 COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-Z]\b)"  # "Week 2", "Case B"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
@@ -280,9 +280,10 @@ def extract(text, prompt=""):
         reason = refusal(parts, titles, block, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0]))
-            # The run's lines open no part any more, but end those inside the part before. In a
-            # chain of instructions no line does: steps within a step are a chain, too.
-            for line in range(i, run[-1]) if reason == CHAIN else run[:-1]:
+            # They open no part any more, but end those inside the part before. In a chain of
+            # instructions, no line of a part does, either: steps within a step are a chain, too.
+            closed = range(i, run[-1]) if reason == CHAIN else run[:-1]
+            for line in closed:
                 marks[line] = END
         else:
             segments += [text[done:bounds[0]], block]
@@ -352,7 +353,7 @@ LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
            '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "chatgpt", "model")
-FLAGS = ("weight", "loss", "train", "label", "kto_tag")  # 0 or false: not to be learnt
+FLAGS = ("weight", "loss", "train", "label", "kto_tag")  # of other trainers; 0: not to be learnt
 
 
 def read_objects(path):
@@ -370,8 +371,9 @@ def read_objects(path):
 
 
 def is_to_learn(fields):
-    """Of a record or a turn. No, if a flag says so, if it is not a final answer ("channel"), or if
-    it has earlier turns in a field of their own, which we do not read ("history")."""
+    """Of a record or a turn. No, if a flag says so, if it is not the final one of several channels
+    (as reasoning is in some data), or if its earlier turns stand in a field "history": we read them
+    in a conversation, each with an answer of its own, but not there."""
     is_final = fields.get("channel", "final") == "final" and not fields.get("history")
     return is_final and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 
@@ -440,7 +442,7 @@ def printable(text):
 
 def cli(main):
     """Runs a command line's main(). Bad input: one clear line on stderr and exit code 2. Ctrl-C,
-    SIGTERM and SIGHUP: whatever main() does finally, and 130."""
+    SIGTERM and SIGHUP: what stands in main()'s `finally`, and exit code 130."""
     if os.name == "posix":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a quiet end behind `| head`
         for number in (signal.SIGTERM, signal.SIGHUP):

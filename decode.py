@@ -54,7 +54,8 @@ def grammar(tokenizer, vocab_size):
     allow[TITLE_START, text] = True
     allow[TITLE, text + [tags.title_end]] = True
     allow[AFTER_TITLE, [tags.title, tags.para]] = True
-    allow[BRANCH, text + stop + [tags.branch_end]] = True  # end-of-text only ends the branch
+    # Where a model chooses end-of-text in a branch, that only ends the branch.
+    allow[BRANCH, text + stop + [tags.branch_end]] = True
     return allow
 
 
@@ -67,7 +68,7 @@ def sample(logits, u, temperature, top_k, top_p):
     logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
     p = ((logits - logits[:, :1]) / temperature).softmax(-1)  # e to the 0 at most: no overflow
     # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
-    # each are 0, 0.6, 0.9: the third goes.
+    # each are 0, 0.6, 0.9: the third goes. For 0 all go, and the first, the best, will be chosen.
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     # The distribution is inverted at u. Every position of every branch has a u of its own, so what
     # a branch draws does not depend on the others.
@@ -134,7 +135,7 @@ def quota(left, block):
 
 def has_room(left, block):
     """Is there room for one more branch (in a new block, two), with the longest title and at least
-    MIN_BRANCH tokens after the title for every branch?"""
+    MIN_BRANCH tokens after the title for every branch? A new block needs 154 tokens."""
     new = [Branch([None] * TITLE_CAP, [])] * (1 if block else 2)
     left -= len(new) * (1 + TITLE_CAP + 1)  # written first, between <|title|> and <|/title|>
     longer = [*block, *new]
@@ -160,7 +161,7 @@ class Engine:
         self.left = left  # how many row tokens may still be fed, the prompt included
         self.watch = watch
         temperature, top_k, top_p = sampling
-        top_k = 1 if temperature < 1e-6 else top_k or lm.model.config.vocab_size  # 0 means all
+        top_k = 1 if temperature < 1e-6 else (top_k or lm.model.config.vocab_size)  # 0 means all
         temperature, top_p = torch.tensor(
             [temperature, top_p], dtype=torch.float32, device=lm.device)
         self.sampling = (temperature, top_k, top_p)  # of sample()
@@ -189,7 +190,7 @@ class Engine:
         if lm.compiled_step:
             # A prompt or prefixes have too many shapes to compile. But they, too, are padded, for
             # a GPU is slow on a new shape.
-            if n == len(fed):  # serial text, or a token a branch
+            if n == len(fed):  # one after each token: serial text, or a token a branch
                 step = lm.compiled_step
             n_slots = len(lm.model.owner)
             fed, pick = pad(fed, pick, n_slots - 1)
@@ -279,8 +280,8 @@ class Engine:
             lane.position += len(lane.next)
         for lane, token in zip(lanes, self.feed(fed, last, BRANCH), strict=True):
             has_ended = token == self.tags.branch_end or token in self.lm.tokenizer.stop
-            if lane.next == [self.tags.branch_end]:
-                lane.next = []  # what was chosen after <|/branch|> is not used
+            if lane.next == [self.tags.branch_end]:  # which has just been fed
+                lane.next = []  # what was chosen after it is not used
             elif has_ended or len(lane.rest) == most:
                 self.cut |= not has_ended
                 lane.next = [self.tags.branch_end]
@@ -297,8 +298,9 @@ def power_of_two(n):
 
 
 def pad(fed, pick, last_slot):
-    """Fills Engine.feed()'s tokens and choices up to powers of two, so that few shapes occur. The
-    padding is written to the last slot, as tokens of a branch that there is not: nobody sees it."""
+    """Fills Engine.feed()'s tokens and choices up to powers of two, so that few shapes occur. More
+    tokens are written to the last slot, for a branch that there is not: nobody sees them. What is
+    chosen more is not used."""
     fed = fed + [(0, 0, -1, last_slot)] * (power_of_two(len(fed)) - len(fed))
     return fed, pick + [len(fed) - 1] * (power_of_two(len(pick)) - len(pick))
 
@@ -331,7 +333,7 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
     with tags and repeated titles. temperature 0 is greedy; top_k 0 takes all tokens, and is slow;
     top_p 1 takes all of these. watch: called with the Engine after every pass.
     BadInput for a value out of range, for a prompt that is empty or too long, and while the same LM
-    decodes in another thread.
+    already decodes.
 
     -> an answer with: prompt, text, mode; tokens, of the plain answer; steps, passes after the
     prompt; seconds, wall-clock, prefill included; ttft, seconds to the first token; blocks, of each
@@ -347,7 +349,7 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
     check(top_k >= 0, f"top-k must be 0 (off) or more, not {top_k}")
     check(0 <= top_p <= 1, f"top-p must be 0 (greedy) to 1 (off), not {top_p}")
     ids = prompt_ids(lm, prompt)
-    check(lm.lock.acquire(blocking=False), "this model is decoding in another thread")
+    check(lm.lock.acquire(blocking=False), "this model is already decoding")
     try:
         start = time.perf_counter()
         left = min(len(ids) + max_new_tokens, lm.model.config.block_size)

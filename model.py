@@ -35,7 +35,7 @@ class GPTConfig:
     n_inner: int = 2048           # width of the SwiGLU layer
     head_size: int = 64
     rope_theta: float = 500000.0  # large, as in Llama 3: attention fades less with distance
-    rope_scaling: tuple = (1.0, 0.0, 1.0)  # see rope(); a factor of 1.0 changes nothing
+    rope_scaling: tuple = (1.0, 0.0, 1.0)  # factor, slow, fast of rope(); 1.0 changes nothing
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # True in Qwen2
     qk_norm: bool = False         # True in Qwen3
@@ -46,8 +46,9 @@ class GPTConfig:
 def rope(position, head_size, theta, factor=1.0, slow=0.0, fast=1.0):
     """Rotary positions: (B, T) -> cosines and sines, (B, 1, T, hs) each, float32.
 
-    For a longer context, as in Llama 3: pairs of channels that turn by at most `slow` (radians a
-    position) are slowed down by `factor`; those of at least `fast` stay; between them is a ramp."""
+    For a longer context, as in Llama 3 (tests/convert.py computes the three numbers): pairs of
+    channels that turn by at most `slow` (radians a position) are slowed down by `factor`; those of
+    at least `fast` stay; between them is a ramp."""
     channel = torch.arange(0, head_size, 2, dtype=torch.float32, device=position.device)
     frequency = theta ** -(channel / head_size)          # (hs/2,)
     ramp = ((frequency - slow) / (fast - slow)).clamp(0, 1)
@@ -76,14 +77,14 @@ def attend(q, k, v, mask):
         # not hold all scores in memory.
         y = F.scaled_dot_product_attention(rows, k, v, mask)
     else:
-        # On a GPU plain products are three times as fast for so few queries.
+        # On a GPU plain products are three times as fast for so few queries (not on a CPU).
         scores = rows @ k.transpose(-1, -2) / math.sqrt(k.size(-1))
         y = (scores + mask).softmax(-1) @ v
-    return y.view(q.shape)
+    return y.reshape(q.shape)
 
 
 def linear(x, weight, bias=None):
-    """F.linear, or oneDNN's product with a weight that pack() has prepared."""
+    """F.linear, or oneDNN's product with a weight that pack() has prepared, nothing fused to it."""
     is_frozen = not weight.requires_grad  # else `packed` may be of older weights
     if hasattr(weight, "packed") and is_frozen and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")

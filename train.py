@@ -110,13 +110,13 @@ def prepare(args, start):
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
         for part in [*model.model.layers, model]:  # what is inside first
             fully_shard(part, mesh=mesh)
-    model.to(args.device)  # only now: the whole model need not fit on one device
+    model.to(args.device)  # only now, each process its part: the whole need not fit on one device
 
     # 3) rows; --block-size only leaves out answers: a model to fine-tune keeps its own context
     config = replace(model.config, block_size=min(args.block_size, model.config.block_size))
     rows = make_rows(answers, tokenizer, config)
     held_out = make_rows(others, tokenizer, config)
-    if args.no_branch_mask:  # all in one branch, so that branches see each other
+    if args.no_branch_mask:  # all in branch 0 of their block, so that they see each other
         rows = [row._replace(branch=row.branch * 0) for row in rows]
     check(rows, f"none of {len(answers)} answers to train on fits {config.block_size} tokens")
     args.steps = args.steps or math.ceil(len(rows) / (args.batch_size * args.accumulate))

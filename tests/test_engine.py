@@ -818,7 +818,7 @@ def test_a_second_thread_is_refused_while_a_model_decodes():
     lm = random_lm(n_layer=1)
 
     def again(engine):
-        with pytest.raises(ValueError, match="another thread"):
+        with pytest.raises(ValueError, match="already decoding"):
             generate(lm, "q", max_new_tokens=5)
 
     generate(lm, "p", max_new_tokens=5, watch=again)

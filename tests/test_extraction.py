@@ -158,11 +158,23 @@ def test_sections_in_the_middle_may_be_long_but_the_last_one_ends_where_the_answ
     assert segments[1] == "\n\nGood luck!"
 
 
+def test_what_follows_a_fence_in_an_item_is_looked_into():
+    """Its closing line opens nothing."""
+    answer = f"1. ```sh\n   ls\n   ```\n2. Walk: {WALK}.\n3. Rest: {REST}.\n"
+    assert [len(block) for block in blocks(answer)] == [3]
+
+
+def test_a_word_that_begins_like_a_conclusion_or_a_region_is_none():
+    answer = f"- Overalls are blue, so {WALK}.\n- <prefix> comes first, so {REST}.\n- Ultimatums: {FOOD}.\n"
+    assert [len(block) for block in blocks(answer)] == [3]
+
+
 def test_a_comment_above_code_is_no_heading():
     """Code without a fence has no parts; a heading with a single # has a blank line below it."""
     code = f"# Load it, then {WALK}\nx = load()\n# Save it, then {REST}\nsave(x)\n"
     assert blocks(code) == []
     assert len(blocks(code.replace("\nx", "\n\nx").replace("\ns", "\n\ns"))) == 1
+
 
 def test_long_lists_are_grouped_in_order():
     """Forty items become at most sixteen branches, neighbours together, titled by their first item."""
@@ -205,6 +217,9 @@ OPAQUE = {  # a region that holds what looks like a list
     "formula in an environment": f"\\begin{{align*}}\n{LISTED}\\end{{align*}}\n",
     "preformatted": f"<pre>\n{LISTED}</pre>\n",
     "code in Org mode": f"#+begin_src yaml\n{LISTED}#+end_src\n",
+    "code in Org mode, in capitals": f"#+BEGIN_SRC yaml\n{LISTED}#+END_SRC\n",
+    "fence in an item": f"1. ```yaml\n{LISTED}```\n",
+    "fence in a bulleted item": f"  - ```\n{LISTED}  ```\n",
     "reasoning": f"<think>\n{LISTED}</think>\n",
     "reasoning, twice": f"<think>\nx\n</think>\nOK:\n<think>\n{LISTED}</think>\n",
     "reasoning whose start was in the prompt": f"First I think.\n{LISTED}</think>\n",
