@@ -67,8 +67,8 @@ CONCLUSION = re.compile(
 
 class Mark(NamedTuple):
     """What a line is in the outline. Siblings have equal Marks."""
-    what: str  # part (it opens one), text, conclusion (would be either: "## Summary", "Overall, "),
-    #            blank, end
+    what: str  # part (it opens one), text, conclusion (a part or text that sums up: "## Summary",
+    #            "Overall, ..."), blank, end
     rank: tuple = (99,)  # (depth of indentation, level): the smaller, the further out; 99: no part
 
 
@@ -122,9 +122,9 @@ def find_run(marks, first):
     """The run of siblings that opens at a line: the lines where its parts start, and the line
     behind the last one.
 
-    Where does the last part end? A guess that is nearly always right: none has more paragraphs than
-    the first one, except below a heading, where one is always allowed. In "- Walk daily.\\n- Sleep
-    well.\\n\\nGood luck!" an item has none, so "Good luck!" is not the second one's.
+    Where does a part end, if no sibling opens? A guess that is nearly always right: none has more
+    paragraphs than the first one, except below a heading, where one is always allowed. In "- Walk.
+    \\n- Sleep well.\\n\\nGood luck!" an item has none, so "Good luck!" is not the second one's.
     """
     run = [first, part_end(marks, first, math.inf)]  # the first part has what it has
     at_least = 1 if is_heading(marks[first]) else 0
@@ -199,7 +199,7 @@ CHAIN = "is a chain of instructions"
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
-RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 42", not "= 42 + 1", nor its 4
+RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 142", not "= 142 + 1", nor its 14
 NAME = r"\b[a-z]+(?:_[a-z]+|[A-Z][a-z]+)+\b"        # user_name, jobStart
 COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-Z]\b)"  # "Week 2", "Case B"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
@@ -244,7 +244,7 @@ def refusal(parts, titles, block, above):
     words = tokenize([block], TOKEN_LIKE.findall)  # in place of tokens
     if len(plain(words)) - steps(words) < MIN_SAVED:
         return "saves too few steps"
-    if len({bare(title).lower() for title in titles}) < len(titles):
+    if len({bare(title).lower() for title in titles} - {""}) < len(titles):
         return "titles are not distinct"
     texts = [bare(part) for part in parts]
     if any(POINTS.search(text) for text in texts):
@@ -280,8 +280,8 @@ def extract(text, prompt=""):
         reason = refusal(parts, titles, block, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0]))
-            # They open no part any more, but end those inside the part before. In a chain of
-            # instructions, no line of a part does, either: steps within a step are a chain, too.
+            # These lines open no part any more, but still end what is inside the part before. In a
+            # chain of instructions nothing inside opens one, either: it is a chain of its own.
             closed = range(i, run[-1]) if reason == CHAIN else run[:-1]
             for line in closed:
                 marks[line] = END
@@ -371,9 +371,8 @@ def read_objects(path):
 
 
 def is_to_learn(fields):
-    """Of a record or a turn. No, if a flag says so, if it is not the final one of several channels
-    (as reasoning is in some data), or if its earlier turns stand in a field "history": we read them
-    in a conversation, each with an answer of its own, but not there."""
+    """Of a record or a turn. No, if a flag says so, if it is in another channel than the final one
+    (reasoning, for one), or if it has a "history": more turns, in none of the LAYOUTS."""
     is_final = fields.get("channel", "final") == "final" and not fields.get("history")
     return is_final and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 
@@ -570,7 +569,8 @@ def draw(kind, rng):
 def corpus(n=3600, seed=1337, split="train"):
     """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
     answer by. One in eight subjects of a kind (a set of animals, a sum) is in "val", and never in
-    "train". All that is about eight animals, or days, is in "train", and with it all facts."""
+    "train". All that is about eight animals, or days, is in "train": nothing is asked in "val" that
+    was never told of an animal."""
     rng = random.Random(f"{split} {seed}")
     kinds = [*FORMS, "sums"]  # sums twice: they are the hardest to learn
     records = []

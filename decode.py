@@ -61,8 +61,8 @@ def grammar(tokenizer, vocab_size):
 
 def sample(logits, u, temperature, top_k, top_p):
     """One token a row: logits (N, V) -> (N,). u (N,): a random number in [0, 1) for each.
-    temperature, top_p: tensors of one number, as torch.compile would compile again for each plain
-    one; top_k: an int, 1 is greedy."""
+    temperature, top_p: tensors of one number, as torch.compile would compile again for every other
+    float; top_k: an int, 1 is greedy."""
     if top_k == 1:
         return logits.argmax(-1)
     logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
@@ -298,9 +298,9 @@ def power_of_two(n):
 
 
 def pad(fed, pick, last_slot):
-    """Fills Engine.feed()'s tokens and choices up to powers of two, so that few shapes occur. More
-    tokens are written to the last slot, for a branch that there is not: nobody sees them. What is
-    chosen more is not used."""
+    """Fills Engine.feed()'s tokens and choices up to powers of two, so that few shapes occur.
+    Surplus tokens are written to the last slot, for a branch that there is not: nobody sees them.
+    Surplus choices are not used."""
     fed = fed + [(0, 0, -1, last_slot)] * (power_of_two(len(fed)) - len(fed))
     return fed, pick + [len(fed) - 1] * (power_of_two(len(pick)) - len(pick))
 

@@ -73,8 +73,8 @@ def attend(q, k, v, mask):
     (nh/nkv * T, S) or (B, 1, nh/nkv * T, S)."""
     rows = q.reshape(*k.shape[:2], -1, k.size(-1))  # (B, nkv, nh/nkv * T, hs)
     if q.size(2) > MAX_BRANCHES:
-        # Wider than a token a branch: a batch to train on, a prompt, prefixes. torch's kernel does
-        # not hold all scores in memory.
+        # More than a token of each branch: a batch to train on, a prompt, prefixes. torch's kernel
+        # does not hold all scores in memory.
         y = F.scaled_dot_product_attention(rows, k, v, mask)
     else:
         # On a GPU plain products are three times as fast for so few queries (not on a CPU).
@@ -84,7 +84,8 @@ def attend(q, k, v, mask):
 
 
 def linear(x, weight, bias=None):
-    """F.linear, or oneDNN's product with a weight that pack() has prepared, nothing fused to it."""
+    """F.linear, or oneDNN's product with a weight that pack() has prepared. Its last arguments say
+    that no activation follows."""
     is_frozen = not weight.requires_grad  # else `packed` may be of older weights
     if hasattr(weight, "packed") and is_frozen and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")

@@ -81,6 +81,8 @@ def parse_args():
         args = p.parse_args()
     elif args.init_from:
         start = read_checkpoint(args.init_from)
+    if WORLD > 1 and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process
     check_device(args.device)
     args.dtype = args.dtype or fast_dtype(args.device)
     args.lr = args.lr or (1e-4 if args.init_from else 7e-4)
@@ -249,8 +251,6 @@ def main():
     args, start = parse_args()
     if WORLD > 1:
         if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            check_device(args.device)
             torch.cuda.set_device(args.device)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # only process 0 prints

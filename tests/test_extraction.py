@@ -158,6 +158,11 @@ def test_sections_in_the_middle_may_be_long_but_the_last_one_ends_where_the_answ
     assert segments[1] == "\n\nGood luck!"
 
 
+def test_no_title_is_empty_however_far_a_part_is_indented():
+    answer = " " * 80 + f"- Walk: {WALK}.\n" + "\t" * 20 + f"- Rest: {REST}.\n"
+    assert all(title.strip() for block in blocks(answer) for title in titles(block))
+
+
 def test_what_follows_a_fence_in_an_item_is_looked_into():
     """Its closing line opens nothing."""
     answer = f"1. ```sh\n   ls\n   ```\n2. Walk: {WALK}.\n3. Rest: {REST}.\n"
