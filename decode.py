@@ -29,7 +29,7 @@ from data import Tokenizer, cli, printable, read_objects
 from model import check_device, from_checkpoint, pack, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
-TITLE_CAP = 32  # tokens of a title at most
+TITLE_CAP = 32  # tokens of a title at most; in real answers one of two thousand has more
 MIN_BRANCH = 8  # tokens that every branch can count on after its title
 
 # ---- grammar and sampling ---------------------------------------------------
