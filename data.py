@@ -123,8 +123,8 @@ def find_run(marks, first):
     behind the last one.
 
     Where does a part end, if no sibling opens? A guess that is nearly always right: none has more
-    paragraphs than the first one, except below a heading, where one is always allowed. In "- Walk.
-    \\n- Sleep well.\\n\\nGood luck!" an item has none, so "Good luck!" is not the second one's.
+    paragraphs than the first one, except below a heading, where one is always allowed. The first
+    item of "- Walk.\\n- Sleep.\\n\\nGood luck!" has none, so "Good luck!" is not the second one's.
     """
     run = [first, part_end(marks, first, math.inf)]  # the first part has what it has
     at_least = 1 if is_heading(marks[first]) else 0
@@ -200,8 +200,8 @@ MIN_SAVED = 6                                       # fewer passes saved are not
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
 RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 142", not "= 142 + 1", nor its 14
-NAME = r"\b[a-z]+(?:_[a-z]+|[A-Z][a-z]+)+\b"        # user_name, jobStart
-COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-Z]\b)"  # "Week 2", "Case B"
+NAME = r"\b(?:[a-z]+_|[a-z]{2,}[A-Z])[a-z]\w*"      # user_name, jobStart; not iPhone
+COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-HJ-Z]\b)"  # "Week 2", "Case B"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
     ("uses a value worked out in a sibling", RESULT, VALUE),
     ("uses a name of a sibling", NAME, NAME),
@@ -373,7 +373,7 @@ def read_objects(path):
 def is_to_learn(fields):
     """Of a record or a turn. No, if a flag says so, if it is in another channel than the final one
     (reasoning, for one), or if it has a "history": more turns, in none of the LAYOUTS."""
-    is_final = fields.get("channel", "final") == "final" and not fields.get("history")
+    is_final = fields.get("channel") in (None, "final") and not fields.get("history")
     return is_final and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 
 

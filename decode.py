@@ -137,7 +137,7 @@ def has_room(left, block):
     """Is there room for one more branch (in a new block, two), with the longest title and at least
     MIN_BRANCH tokens after the title for every branch? A new block needs 154 tokens."""
     new = [Branch([None] * TITLE_CAP, [])] * (1 if block else 2)
-    left -= len(new) * (1 + TITLE_CAP + 1)  # written first, between <|title|> and <|/title|>
+    left -= len(new) * (1 + TITLE_CAP + 1)  # written first; quota() counts prefixes
     longer = [*block, *new]
     return len(longer) <= MAX_BRANCHES and quota(left, longer) >= MIN_BRANCH
 

@@ -192,7 +192,7 @@ def test_a_turn_without_text_keeps_its_place(read):
 
 def test_marks_that_say_yes_leave_nothing_out(read):
     """A weight over 0, a label that is true, an empty history; and what is marked of a user's turn is not learnt anyway."""
-    turns = [{"role": "user", "content": "p", "train": False}, {"role": "assistant", "content": "r", "weight": 1}]
+    turns = [{"role": "user", "content": "p", "train": False}, {"role": "assistant", "content": "r", "weight": 1, "channel": None}]
     assert read({"messages": turns, "label": True, "history": None}) == ([("p", "r")], "")
     assert read({"instruction": "p", "output": "r", "history": []}) == ([("p", "r")], "")
 

@@ -338,6 +338,8 @@ ALLOWED = {  # what a branch may rely on: nearly the same answers as some that a
         f"2. Paint: 24 square metres need three tins, {REST}.\n"),
     "time that is set aside": f"1. Walk: set aside an hour, and {WALK}.\n2. Rest: for as long, and {REST}.\n",
     "labels that take up no thing": f"1. **Drink Water**: {WALK}.\n2. **Know your limits**: {REST}.\n",
+    "the word I": f"- Paris: the day I arrived, {WALK}.\n- Rome: the day I left, {REST}.\n",
+    "a mark with an odd spelling": f"- Camera: the iPhone has one, {WALK}.\n- Battery: the iPhone can {REST}.\n",
     "an order with a name": (f"1. Heat the oven: at first {WALK}.\n2. Mix the batter: it is best to {REST}.\n"),
     "orders without numbers": f"- Avoid the sun, and {WALK}.\n- Stir the mixture, and {REST}.\n",
     "one label for all": f"1. **Need**: sleep, to {REST}.\n2. **Need**: walks, to {WALK}.\n",
