@@ -207,8 +207,7 @@ def main():
         seen = "".join(".#"[sees] for sees in mask[t][:t + 1])
         print(f"{t:>3} {names[token]:<12} {block:>5} {branch:>6} {position:>8}  "
               f"{names[target]:<12}  {seen}")
-    n = len(plain(ids))
-    print(f"\n{n} plain tokens in {steps(ids)} steps: branches this short do not pay.")
+    print(f"\n{len(plain(ids))} plain tokens in {steps(ids)} steps: branches too short to pay.")
 
 
 # ---- errors -----------------------------------------------------------------

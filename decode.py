@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 
 from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, branch_lengths,
-                  cache_mask, check, plain)
+                  cache_mask, check, naming, plain)
 from data import Tokenizer, cli, printable, read_objects
 from model import check_device, from_checkpoint, pack, read_checkpoint
 
@@ -433,8 +433,9 @@ def main():
         records = list(read_objects(args.prompts))
         check(records, f"{args.prompts}: no prompts")
     lm = load(args.ckpt, args.device, args.dtype, args.compile)
-    for record in records:
-        prompt_ids(lm, record.get("prompt"))  # a bad one is told now, not after the work
+    for n, record in enumerate(records, start=1):
+        with naming(f"{args.prompts}, record {n}" if args.prompts else "--prompt"):
+            prompt_ids(lm, record.get("prompt"))  # a bad one is told now, not after the work
     if args.json:
         open(args.json, "a").close()          # and so is a file that cannot be written
     results = []

@@ -57,7 +57,7 @@ BAD = [  # the script, its command line, what the message must say; {files} is t
     (decode, "--prompt p --ckpt {files}/ckpt --temperature -1", "temperature.*-1"),
     (decode, "--prompt p --ckpt {files}/ckpt --json {files}/nowhere/out.json", "nowhere"),
     (decode, "--prompts {files}/blank.jsonl --ckpt {files}/ckpt", "blank.jsonl: no prompts"),
-    (decode, "--prompts {files}/other-names.jsonl --ckpt {files}/ckpt", "the prompt is None: no text"),
+    (decode, "--prompts {files}/other-names.jsonl --ckpt {files}/ckpt", "other-names.jsonl, record 1: the prompt is None: no text"),
 ]
 
 
