@@ -66,7 +66,9 @@ def sample(logits, u, temperature, top_k, top_p):
     if top_k == 1:
         return logits.argmax(-1)
     logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
-    p = ((logits - logits[:, :1]) / temperature).softmax(-1)  # e to the 0 at most: no overflow
+    # At most e to the 0: no overflow. A GPU adds in parallel, and sums over impossible tokens may
+    # grow by rounding: in float64 by less than a step of u.
+    p = ((logits - logits[:, :1]) / temperature).softmax(-1, dtype=torch.float64)
     # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
     # each are 0, 0.6, 0.9: the third goes. For 0 all go, and the first, the best, will be chosen.
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)

@@ -112,7 +112,7 @@ def prepare(args, start):
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
         for part in [*model.model.layers, model]:  # what is inside first
             fully_shard(part, mesh=mesh)
-    model.to(args.device)  # only now, each process its part: the whole need not fit on one device
+    model.to(args.device)  # only now: each process then holds its part of the float32 weights
 
     # 3) rows; --block-size only leaves out answers: a model to fine-tune keeps its own context
     config = replace(model.config, block_size=min(args.block_size, model.config.block_size))

@@ -1130,3 +1130,14 @@ def test_keys_that_are_not_finite_leave_nothing_behind_in_a_compiled_cache(pair)
     finally:
         row.copy_(kept)
     pair.answers("p", max_new_tokens=500)
+
+
+@needs_compiler
+def test_the_compiler_keeps_plain_products_in_attention():
+    """They are there because torch's kernel is slow for few queries on a GPU; of products in its
+    own order inductor would make that kernel again."""
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):  # else it may not look
+        lm = random_lm(compile=True, n_layer=1, head_size=64, n_head=4, n_kv_head=2)
+        decode.Engine(lm, "serial", 200, (0.0, 1, 1.0), 0, None).serial([X])
+    found = torch._dynamo.utils.counters["inductor"]
+    assert found["pattern_matcher_count"] and not found["fuse_attention"]
