@@ -66,8 +66,8 @@ def sample(logits, u, temperature, top_k, top_p):
     if top_k == 1:
         return logits.argmax(-1)
     logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
-    # At most e to the 0: no overflow. A GPU adds in parallel, and sums over impossible tokens may
-    # grow by rounding: in float64 by less than a step of u.
+    # At most e to the 0: no overflow. In float64, for a GPU adds in parallel: by its rounding the
+    # cdf below could grow over tokens whose p is 0, and one of these be drawn.
     p = ((logits - logits[:, :1]) / temperature).softmax(-1, dtype=torch.float64)
     # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
     # each are 0, 0.6, 0.9: the third goes. For 0 all go, and the first, the best, will be chosen.
@@ -139,7 +139,7 @@ def has_room(left, block):
     """Is there room for one more branch (in a new block, two), with the longest title and at least
     MIN_BRANCH tokens after the title for every branch? A new block needs 154 tokens."""
     new = [Branch([None] * TITLE_CAP, [])] * (1 if block else 2)
-    left -= len(new) * (1 + TITLE_CAP + 1)  # written first; quota() counts prefixes
+    left -= len(new) * (1 + TITLE_CAP + 1)  # in series; quota() counts the prefixes
     longer = [*block, *new]
     return len(longer) <= MAX_BRANCHES and quota(left, longer) >= MIN_BRANCH
 

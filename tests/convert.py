@@ -73,8 +73,8 @@ def read_safetensors(path, dtype=None):
         with naming(f"{path}: tensor {name} = {entry}"):
             span = range(start, len(data))[slice(*entry["data_offsets"])]
             before = span.start % mmap.ALLOCATIONGRANULARITY  # a mapping starts with a page
-            page = map_file(path, before + len(span), span.start - before)
-            raw = memoryview(page)[before:before + len(span)]
+            mapped = map_file(path, before + len(span), span.start - before)
+            raw = memoryview(mapped)[before:before + len(span)]
             tensor = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
             tensors[name] = tensor.to(dtype or tensor.dtype)
     return tensors
