@@ -94,11 +94,12 @@ def linear(x, weight, bias=None):
 
 
 def pack(model):
-    """For decoding in float32 on a CPU: lays out the matrices of a frozen model as oneDNN wants
-    them, once. F.linear does so at every call, which makes it up to 1.8 times as slow for a few
-    tokens. The weights then take twice the memory."""
+    """For decoding on a CPU: lays out the matrices of a frozen model as oneDNN wants them, once, if
+    the CPU is fast in their type. F.linear does so at every call, which makes it up to 1.8 times as
+    slow for a few tokens. The weights then take twice the memory."""
+    fast = (torch.float32, getattr(torch, fast_dtype("cpu")))
     for weight in model.parameters():
-        is_matrix = weight.dim() == 2 and weight.dtype == torch.float32 and weight.is_cpu
+        is_matrix = weight.dim() == 2 and weight.dtype in fast and weight.is_cpu
         if is_matrix and torch.backends.mkldnn.is_available():
             weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
@@ -228,10 +229,10 @@ def check_device(device):
 
 
 def fast_dtype(device):
-    """The type to train in: "bfloat16" on a GPU and on CPUs with AVX-512, else "float32", since
-    other CPUs are a hundred times slower in bfloat16."""
+    """The type to train in: "bfloat16" on a GPU and on CPUs that compute in it (AVX512-BF16), else
+    "float32", since other CPUs are two to a hundred times slower in bfloat16."""
     on_cpu = torch.device(device).type == "cpu"
-    is_slow = on_cpu and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    is_slow = on_cpu and not torch.cpu._is_avx512_bf16_supported()
     return "float32" if is_slow else "bfloat16"
 
 
