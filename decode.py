@@ -60,15 +60,16 @@ def grammar(tokenizer, vocab_size):
 
 
 def sample(logits, u, temperature, top_k, top_p):
-    """One token a row: logits (N, V) -> (N,). u (N,): a random number in [0, 1) for each.
+    """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each.
     temperature, top_p: tensors of one number, as torch.compile would compile again for every other
-    float; top_k: an int, 1 is greedy."""
+    float; top_k: an int, 1 is greedy, 0 takes all tokens, unsorted, for a top_p of 1."""
     if top_k == 1:
         return logits.argmax(-1)
-    logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
-    # At most e to the 0: no overflow. In float64, for a GPU adds in parallel: by its rounding the
-    # cdf below could grow over tokens whose p is 0, and one of these be drawn.
-    p = ((logits - logits[:, :1]) / temperature).softmax(-1, dtype=torch.float64)
+    if top_k > 0:
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
+    # In float64, for a GPU adds in parallel: by its rounding the cdf below could grow over tokens
+    # whose p is 0, and one of these be drawn.
+    p = (logits.to(torch.float64) / temperature).softmax(-1)
     # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
     # each are 0, 0.6, 0.9: the third goes. For 0 all go, and the first, the best, will be chosen.
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
@@ -76,7 +77,7 @@ def sample(logits, u, temperature, top_k, top_p):
     # a branch draws does not depend on the others.
     cdf = p.cumsum(-1)
     chosen = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, chosen)[:, 0]
+    return (ids.gather(-1, chosen) if top_k > 0 else chosen)[:, 0]
 
 
 def forward_pass(model, fed, pick, allowed, u, sampling, n_slots):
@@ -109,8 +110,7 @@ class LM:
         self.allow = grammar(tokenizer, model.config.vocab_size).to(self.device)
         self.step = forward_pass  # tests put theirs in its place
         self.compiled_step = compile_step(self) if compile else None
-        if not compile:
-            pack(self.model)
+        pack(self.model)
         self.lock = threading.Lock()
 
 
@@ -163,7 +163,9 @@ class Engine:
         self.left = left  # how many row tokens may still be fed, the prompt included
         self.watch = watch
         temperature, top_k, top_p = sampling
-        top_k = 1 if temperature < 1e-6 else (top_k or lm.model.config.vocab_size)  # 0 means all
+        # To sort all tokens is slow, and so many nearly always reach top_p.
+        top_k = top_k or (4096 if top_p < 1 else 0)
+        top_k = 1 if temperature < 1e-6 else top_k
         temperature, top_p = torch.tensor(
             [temperature, top_p], dtype=torch.float32, device=lm.device)
         self.sampling = (temperature, top_k, top_p)  # of sample()
@@ -172,7 +174,7 @@ class Engine:
         draw = torch.Generator().manual_seed(seed % 2**63)
         # A random number for every [position, branch]; positions stay below `left`, see POSITIONS.
         shape = (left, MAX_BRANCHES + 1)
-        self.uniform = torch.rand(shape, generator=draw, dtype=torch.float32, device="cpu")
+        self.uniform = 1 - torch.rand(shape, generator=draw, dtype=torch.float32, device="cpu")
         self.slot = 0      # the next slot
         self.position = 0  # the next position of the serial stream
         self.steps = -1    # passes; the prefill makes it 0
@@ -309,9 +311,9 @@ def pad(fed, pick, last_slot):
 
 def compile_step(lm):
     """forward_pass, compiled by torch.compile for few static shapes."""
-    torch._dynamo.config.recompile_limit = 64  # for widths, cache sizes, kinds of sampling
     mode = "reduce-overhead" if lm.device.type == "cuda" else None  # CUDA graphs
-    return torch.compile(forward_pass, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(forward_pass, fullgraph=True, dynamic=False, mode=mode,
+                         recompile_limit=64)  # for widths, cache sizes, kinds of sampling
 
 
 # ---- from Python ------------------------------------------------------------
@@ -332,8 +334,8 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
 
     mode: "adaptive" (the engine), "branchwise" (the same, one branch after the other) or "serial"
     (no blocks); None: adaptive if the model has learnt to branch. max_new_tokens: after the prompt,
-    with tags and repeated titles. temperature 0 is greedy; top_k 0 takes all tokens, and is slow;
-    top_p 1 takes all of these. watch: called with the Engine after every pass.
+    with tags and repeated titles. temperature 0 is greedy; top_k 0 takes all tokens, with a top_p
+    the best 4096; top_p 1 takes all of these. watch: called with the Engine after every pass.
     BadInput for a value out of range, for a prompt that is empty or too long, and while the same LM
     already decodes.
 
@@ -421,7 +423,7 @@ def main():
     add("--mode", choices=MODES, help="none: adaptive if the model has learnt to branch")
     add("--max-new-tokens", type=int, default=512, help="after the prompt; tags and titles count")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=200, help="sample from the k best tokens; 0: from all, slowly")
+    add("--top-k", type=int, default=200, help="sample from the k best tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="and of these from the best that reach p")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1, ...")

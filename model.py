@@ -231,9 +231,8 @@ def check_device(device):
 def fast_dtype(device):
     """The type to train in: "bfloat16" on a GPU and on CPUs that compute in it (AVX512-BF16), else
     "float32", since other CPUs are two to a hundred times slower in bfloat16."""
-    on_cpu = torch.device(device).type == "cpu"
-    is_slow = on_cpu and not torch.cpu._is_avx512_bf16_supported()
-    return "float32" if is_slow else "bfloat16"
+    is_gpu = torch.device(device).type != "cpu"
+    return "bfloat16" if is_gpu or torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
 def save_checkpoint(out_dir, **state):

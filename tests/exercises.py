@@ -79,8 +79,9 @@ EXERCISES = [
     Exercise("decode.sample", "a token from its logits, by one random number", """
         Go along the cumulative probabilities until they reach u. top_k comes first, then top_p:
         the fewest of the best that together reach it, one at least. Why not torch.multinomial? With
-        it, what a branch draws would depend on how many branches drew before. Mind u = 0, tokens
-        of probability 0, and a temperature so small that logits / temperature overflows.
+        it, what a branch draws would depend on how many branches drew before. u is over 0: mind
+        tokens of probability 0 all the same, and a temperature so small that logits / temperature
+        overflows in float32. And without top_k and top_p nothing needs to be sorted.
         """, ["test_sample_draws_with_the_right_frequencies",
               "test_each_row_is_sampled_with_its_own_number",
               "test_greedy_is_the_best_token_and_the_limit_of_a_low_temperature",

@@ -348,7 +348,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
 def test_cached_parallel_decoding_equals_one_masked_forward(positions, dtype):
     """Logits, tokens, positions, visibility and targets, with several blocks of uneven branches."""
     found = []
-    for seed in range(6):
+    for seed in range(8):
         lm = record(fond(dtype=dtype, seed=seed, positions=positions))
         answer = generate(lm, "two tips", temperature=1.0, seed=seed, max_new_tokens=500)
         check_against_one_forward(lm, "two tips", answer, TOLERANCES[dtype])
@@ -719,6 +719,14 @@ def test_sample_draws_with_the_right_frequencies(temperature, top_k, top_p, voca
     assert not drawn[p == 0].any()
     ends = draw(logits.expand(2, -1), torch.tensor([2**-24, 1]), temperature, top_k, top_p)
     assert p[ends].min() > 0
+
+
+def test_without_a_filter_nothing_is_sorted():
+    """To sort a whole vocabulary takes as long as a pass. So numbers go along the ids in their
+    order: from the first to the last that is allowed."""
+    logits = torch.tensor([-torch.inf, 1.0, 2.0, 3.0, -torch.inf]).expand(3, -1)
+    assert draw(logits, torch.tensor([2**-24, 0.2, 1.0])).tolist() == [1, 2, 3]
+    assert draw(logits, torch.tensor([2**-24, 0.2, 1.0]), top_p=0.999).tolist() == [3, 3, 1]
 
 
 def test_each_row_is_sampled_with_its_own_number():
