@@ -61,8 +61,8 @@ CONCLUSION = re.compile(
     r"|(?:Overall|Therefore|Ultimately)\b|Verse \d|Chorus|总结|综上|总之"
     # These only where the title ends: "Steps:", "Steps to Sew It:", not "Steps of the temple:".
     r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .{,60})?"
-    r"|What to Do|Explanation|Solution|Comparison|Total|Output|Answer|Results?"
-    r"|(?:Final|Revised|Corrected)(?: \w+)?)[ \t\r]*[:*\n(]")
+    r"|(?:What|How) to (?:Do|Make)(?: It)?|Explanation|Solution|Comparison|Total|Output|Answer"
+    r"|Results?|(?:Final|Revised|Corrected)(?: \w+)?)[ \t\r]*[:*\n(]")
 
 
 class Mark(NamedTuple):
@@ -190,22 +190,27 @@ POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to s
 # An instruction of a chain: "Step 1: ...", "1. **Peel the apples**: ...", or without a label, "1.
 # Preheat the oven.", but not "1. Heat the oven: ...".
 INSTRUCTION = re.compile(
-    rf"\W*Step \d|\s*{NUMBER} +(?:\*\*[A-Z][a-z]+ [Tt]he "
-    r"|[A-Z][a-z]+ (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
+    rf"\W*Step \d|[\s#*]*{NUMBER} +(?:\*\*[A-Z][a-z]+ [Tt]he "
+    r"|[A-Z][a-z]+(?<![^r]ing) (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
-# "Pour the egg mixture into the pan."
-LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,])")
+# "Pour the egg mixture into the pan."; and what is only said in such a chain, "Rinse the rice."
+LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,]"
+                  r"|(?:Preheat|Knead|Rinse|Simmer) )")
 CHAIN = "is a chain of instructions"
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
 RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 142", not "= 142 + 1", nor its 14
 NAME = r"\b(?:[a-z]+_|[a-z]{2,}[A-Z])[a-z]\w*"      # user_name, jobStart; not iPhone
-COUNTED = r"\b(?:[Cc]ase|[Ww]eek|[Dd]ay|[Pp]art|Lemma) (?:\d+|[A-HJ-Z]\b)"  # "Week 2", "Case B"
+# "Week 2", "Case B"
+COUNTED = r"\b(?i:case|day|week|phase|part|section|lemma|example|method|option) (?:\d+|[A-HJ-Z]\b)"
+# "What You Need: ..." and the steps that use it, "1. ..."; () finds only that there is one.
+NEEDS = r"(?i)\A\W*(?:Ingredients|Materials|Supplies|Prerequisites|What You.{,9} Need)\b()"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
     ("uses a value worked out in a sibling", RESULT, VALUE),
     ("uses a name of a sibling", NAME, NAME),
     ("names a sibling by its number", COUNTED, COUNTED),
+    ("uses what a sibling lists", NEEDS, r"\n[ *#]*1[.)] ()"),
 ]
 
 

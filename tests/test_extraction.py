@@ -134,7 +134,7 @@ def test_what_goes_on_after_the_last_part_is_serial(name):
 @pytest.mark.parametrize("things, steps", [
     ("Ingredients", "Instructions"), ("Materials", "Procedure"), ("What You Need", "What to Do"),
     ("Ingredients", "Method"), ("Equipment", "Steps"), ("Original", "Corrected version"), ("Draft", "Final"),
-    ("Question", "Answer")])
+    ("What You Will Need", "How to Make It"), ("Question", "Answer")])
 def test_what_works_on_its_sibling_is_no_sibling(things, steps):
     """Steps use the list of things above them, and each state of a text the one before."""
     for answer in (f"### {things}\n\n{WALK}.\n\n### {steps}\n\n{REST}.\n",
@@ -292,7 +292,10 @@ REFUSED = {  # reason: answers
         f"1. **Fry**: brown the onions and set them aside. Then {WALK}.\n2. **Boil**: cook the rice, and {REST}.\n",
         f"1. **Wash**: use cold water. The mixture is then ready to {WALK}.\n2. **Dry**: it is best to {REST}.\n",
         f"1. **Peel the apples**: with a knife, {WALK}.\n2. **Cut the Apples:** into four, and {REST}.\n",
-        f"**Step 1: Wash**\n\nUse cold water to {WALK}.\n\n**Step 2: Dry**\n\nIt is best to {REST}.\n"],
+        f"**Step 1: Wash**\n\nUse cold water to {WALK}.\n\n**Step 2: Dry**\n\nIt is best to {REST}.\n",
+        f"#### 1. Measure the window\n\nFirst {WALK}.\n\n#### 2. Mark the wall\n\nThen {REST}.\n",
+        f"**1. Roll up the dough:** {WALK}.\n\n**2. Let it rest:** {REST}.\n",
+        f"1. **Soap**: enough to {WALK}.\n2. **Water**: best is to {REST}. Rinse with it.\n"],
     "points at a sibling": [
         f"1. Rome grew because people {WALK}.\n2. As a result, its neighbours had to {REST} and {FOOD}.\n",
         f"- There are seven of them, which {WALK}.\n- These seven have to {REST}.\n",
@@ -303,7 +306,11 @@ REFUSED = {  # reason: answers
         f"**Case 1:** x is even, so {WALK}.\n\n**Case 2:** x is odd, and as in Case 1 we {REST}.\n",
         f"**Week 1:** for a start, {WALK}.\n\n**Week 2:** the same as in week 1, but {REST}.\n",
         f"- **Lemma 3:** x is even, so {WALK}.\n- **Lemma 4:** Lemma 3 gives y, so {REST}.\n",
-        f"**Part A:** x is even, so {WALK}.\n\n**Part B:** with the result of part A, {REST}.\n"],
+        f"**Part A:** x is even, so {WALK}.\n\n**Part B:** with the result of part A, {REST}.\n",
+        f"**Option A:** by train, {WALK}.\n\n**Option B:** as dear as option A, but {REST}.\n"],
+    "uses what a sibling lists": [
+        f"**Materials:** paper, and shoes to {WALK}.\n\n**Assembly:** as follows.\n\n1. Fold it.\n2. {REST}.\n",
+        f"## What You'll Need\n\n- Flour, to {WALK}.\n\n## Preparation\n\n1) Knead it, and {REST}.\n"],
     "uses a value worked out in a sibling": [
         f"1. Area: the room is 4 m by 6 m, which gives = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n",
@@ -342,6 +349,8 @@ ALLOWED = {  # what a branch may rely on: nearly the same answers as some that a
     "a mark with an odd spelling": f"- Camera: the iPhone has one, {WALK}.\n- Battery: the iPhone can {REST}.\n",
     "an order with a name": (f"1. Heat the oven: at first {WALK}.\n2. Mix the batter: it is best to {REST}.\n"),
     "orders without numbers": f"- Avoid the sun, and {WALK}.\n- Stir the mixture, and {REST}.\n",
+    "a way to do it": (f"### 1. Using the Train\n\nFirst {WALK}.\n\n### 2. Using the Car\n\nThen {REST}.\n"),
+    "two lists of things": f"### Ingredients\n\n- Flour, to {WALK}.\n\n### Equipment\n\n- A bowl, to {REST}.\n",
     "one label for all": f"1. **Need**: sleep, to {REST}.\n2. **Need**: walks, to {WALK}.\n",
     "a number of its own": f"**Week 1:** in week 1 we {WALK}.\n\n**Week 2:** in week 2 we {REST}.\n",
 }
