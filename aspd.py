@@ -228,7 +228,8 @@ def naming(where):
     try:
         yield
     except Exception as e:
-        reason = f"no {e}" if isinstance(e, KeyError) else str(e)  # a KeyError's is only the key
+        # A KeyError's text is only the key; some errors have none.
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
         raise BadInput(" ".join(f"{where}: {reason:.300}".split())) from None
 
 

@@ -358,6 +358,7 @@ LAYOUTS = ('{"prompt", "response"}, {"instruction", "input", "output"}, '
            '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}')
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "chatgpt", "model")
+MORE = ("history", "tool_calls", "function_call")  # what none of the LAYOUTS has a place for
 FLAGS = ("weight", "loss", "train", "label", "kto_tag")  # of other trainers; 0: not to be learnt
 
 
@@ -377,8 +378,8 @@ def read_objects(path):
 
 def is_to_learn(fields):
     """Of a record or a turn. No, if a flag says so, if it is in another channel than the final one
-    (reasoning, for one), or if it has a "history": more turns, in none of the LAYOUTS."""
-    is_final = fields.get("channel") in (None, "final") and not fields.get("history")
+    (reasoning, for one), or if it has MORE than its text."""
+    is_final = fields.get("channel") in (None, "final") and not any(map(fields.get, MORE))
     return is_final and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 
 
@@ -417,7 +418,7 @@ def read_answers(record, left_out):
         elif role != "system":
             prompt = ""
             left_out[f"{role:.40} turn {'out of place' if has_text else 'without text'}"] += 1
-    if prompt or not turns:
+    if prompt or all(role == "system" for role, _ in turns):
         left_out[f"record that ends without an answer ({', '.join(record):.80})"] += 1
 
 
@@ -438,6 +439,12 @@ def read_records(path):
     return records
 
 
+def write_text(path, text):
+    """Writes a file; surrogates, which UTF-8 lacks, are escaped. BadInput with its name."""
+    with naming(f"cannot write {path}"):
+        Path(path).write_text(text, "utf-8", "backslashreplace")
+
+
 def printable(text):
     """Text for a terminal: control characters, which could steer it, and surrogates escaped."""
     unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -448,13 +455,15 @@ def cli(main):
     """Runs a command line's main(). Bad input: one clear line on stderr and exit code 2. Ctrl-C,
     SIGTERM and SIGHUP: what stands in main()'s `finally`, and exit code 130."""
     if os.name == "posix":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a quiet end behind `| head`
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(141)  # a quiet end behind `| head`, as SIGPIPE would make it
     except (BadInput, OSError) as e:
         print("error:", printable(" ".join(str(e).split())), file=sys.stderr)
         sys.exit(2)
@@ -622,9 +631,9 @@ def main():
     p.add_argument("--out", metavar="OUT.jsonl", help="write the segments of every answer here")
     args = p.parse_args()
 
-    records = read_records(args.file) if args.file else corpus()
+    records = corpus() if args.file is None else read_records(args.file)
     tokenizer = learn_tokenizer(r["response"] for r in records)
-    if args.out:
+    if args.out is not None:
         open(args.out, "a").close()  # fails now, if it fails, and not after the work
     found = []           # of each answer: a line of JSON
     speedups = []        # of each answer: plain tokens a pass
@@ -643,7 +652,7 @@ def main():
                 "segments": [*map(as_json, segments)]}
         found.append(json.dumps(line, ensure_ascii=False) + "\n")
     if args.out:
-        Path(args.out).write_text("".join(found), "utf-8", "backslashreplace")
+        write_text(args.out, "".join(found))
 
     mean = sum(speedups) / len(speedups)
     print(f"\n{n_parallel} of {len(records)} answers have a block. Ideal speedup (tokens a pass): "

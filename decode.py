@@ -18,14 +18,13 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from aspd import (BRANCH_TAGS, MAX_BRANCHES, POSITIONS, BadInput, Block, Branch, branch_lengths,
                   cache_mask, check, naming, plain)
-from data import Tokenizer, cli, printable, read_objects
+from data import Tokenizer, cli, printable, read_objects, write_text
 from model import check_device, from_checkpoint, pack, read_checkpoint
 
 MODES = ("adaptive", "branchwise", "serial")
@@ -358,7 +357,8 @@ def generate(lm, prompt, mode=None, *, max_new_tokens=512, temperature=0.0, top_
         start = time.perf_counter()
         left = min(len(ids) + max_new_tokens, lm.model.config.block_size)
         engine = Engine(lm, mode, left, (temperature, top_k, top_p), seed, watch)
-        engine.run(ids)
+        with torch.autocast(lm.device.type, enabled=False):  # if somebody has switched it on
+            engine.run(ids)
     finally:
         lm.lock.release()
     segments = [segment for segment in engine.segments if segment]
@@ -440,7 +440,7 @@ def main():
     for n, record in enumerate(records, start=1):
         with naming(f"{args.prompts}, record {n}" if args.prompts else "--prompt"):
             prompt_ids(lm, record.get("prompt"))  # a bad one is told now, not after the work
-    if args.json:
+    if args.json is not None:
         open(args.json, "a").close()          # and so is a file that cannot be written
     results = []
     try:
@@ -457,11 +457,11 @@ def main():
                   f"branches {[len(block) for block in answer.blocks]}, "
                   f"{answer.tokens / answer.seconds:.0f} tokens/s, first after "
                   f"{1000 * answer.ttft:.0f} ms, finish: {answer.finish}\n", file=sys.stderr)
-    finally:  # after an error or Ctrl-C, too: no branch lines, and what there is
-        view.write(view.text)
+    finally:  # after an error or Ctrl-C, too: what there is, and no branch lines
         if args.json and results:
             results = json.dumps({"results": results}, ensure_ascii=False, indent=1)
-            Path(args.json).write_text(results + "\n", "utf-8", "backslashreplace")
+            write_text(args.json, results + "\n")
+        view.write(view.text)
 
 
 if __name__ == "__main__":

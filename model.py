@@ -10,7 +10,7 @@ Shapes, here and in decode.py: B batch, T tokens fed, N of them after which a to
 slots seen, C n_embd, nh n_head, nkv n_kv_head, hs head_size, V vocab_size.
 """
 import math
-import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +188,7 @@ class GPT(nn.Module):
             if p.dim() == 2:  # a product then keeps the variance of its input
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
+    @torch.inference_mode(False)  # a cache made in that mode could not be written outside of it
     def setup_cache(self, slots):
         """A cache of at least so many slots, all shared, for one answer at a time. That of the
         last answer is used again if large enough: nobody sees a slot before it is written."""
@@ -239,7 +240,7 @@ def save_checkpoint(out_dir, **state):
     """Writes out_dir/ckpt.pt whole or not at all: a new file, which then replaces the old one. The
     folder must exist."""
     path = Path(out_dir, "ckpt.pt")
-    new = path.with_name(f"ckpt-{os.getpid()}.tmp")  # not another process's
+    new = path.with_name(f"ckpt-{uuid.uuid4()}.tmp")  # not another process's
     try:
         with naming(f"cannot write {new}"):
             torch.save({"format": FORMAT, **state}, new)

@@ -33,7 +33,7 @@ from data import (Tokenizer, batches, cli, collate, corpus, learn_tokenizer, mak
 from model import (GPT, GPTConfig, check_device, fast_dtype, from_checkpoint, read_checkpoint,
                    save_checkpoint)
 
-LAUNCHED = "LOCAL_RANK" in os.environ  # by torchrun, which numbers and counts the processes
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which numbers and counts the processes
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # not one process's part
@@ -79,7 +79,7 @@ def parse_args():
         check(start.get("args"), f"--resume: {args.out_dir} holds no run of train.py")
         p.set_defaults(**start["args"] | {"out_dir": args.out_dir})
         args = p.parse_args()
-    elif args.init_from:
+    elif args.init_from is not None:
         start = read_checkpoint(args.init_from)
     if WORLD > 1 and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process
@@ -96,7 +96,7 @@ def prepare(args, start):
     """-> model, tokenizer, rows to train on, held-out rows; fills args.steps and args.checksum in.
     BadInput when no answer fits."""
     # 1) answers
-    if args.data:
+    if args.data is not None:
         answers, others = split_held_out(read_records(args.data))
     else:
         answers = corpus()

@@ -13,6 +13,7 @@ import torch
 
 import data
 import decode
+import train
 from helpers import fails, save_tiny, write_answers
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,8 @@ BAD = [  # the script, its command line, what the message must say; {files} is t
     (decode, "--ckpt {files}/ckpt", "--prompt"),
     (decode, "--prompt p --ckpt {files}/nowhere", "nowhere.*python train.py"),
     (decode, "--prompt {empty} --ckpt {files}/ckpt", "prompt is .*: no text"),
+    (decode, "--prompt p --json {empty} --ckpt {files}/ckpt", "No such file"),
+    (train, "--data {empty}", "Is a directory"), (train, "--init-from {empty}", "no ckpt.pt"), (data, "{empty}", "Is a directory"),
     (decode, "--prompt {blank} --ckpt {files}/ckpt", "prompt is .*: no text"),
     (decode, "--prompt {long} --ckpt {files}/ckpt", "ppp' has 3.. tokens, the context only 256"),
     (decode, "--prompt p --ckpt {files}/ckpt --mode parallel", "parallel"),
@@ -131,6 +134,38 @@ def test_answers_before_an_interrupt_are_not_lost(files, tmp_path, monkeypatch, 
     assert stop.value.code == 130
     [result] = json.loads(out.read_text())["results"]
     assert result["prompt"] == "p" and result["steps"] > 0
+
+
+def test_answers_are_not_lost_where_nobody_reads_them(files, tmp_path, monkeypatch, capsys):
+    """A terminal that was closed takes no output any more, not even the last of the live view."""
+    argv, out = decode_three(files, tmp_path)
+
+    def write(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(decode.View, "write", write)
+    assert "Input/output error" in fails(decode, argv, monkeypatch, capsys)
+    assert len(json.loads(out.read_text())["results"]) == 1
+
+
+def test_answers_are_not_lost_behind_a_pipe_that_ends(files, tmp_path):
+    """As `| head -1` does. The exit code is that of SIGPIPE in a shell."""
+    argv, out = decode_three(files, tmp_path)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / "decode.py", *map(str, argv)], stdout=writing, stderr=subprocess.PIPE,
+                          timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(writing)
+    assert done.returncode == 141 and b"Broken" not in done.stderr
+    assert len(json.loads(out.read_text())["results"]) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_with_the_file(files, tmp_path, monkeypatch, capsys):
+    argv, out = decode_three(files, tmp_path)
+    argv[argv.index(out)] = "/dev/full"
+    assert "cannot write /dev/full: " in fails(decode, argv, monkeypatch, capsys)
+    assert "cannot write /dev/full: " in fails(data, [files / "good.jsonl", "--out", "/dev/full"], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

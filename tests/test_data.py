@@ -154,6 +154,9 @@ LEFT_OUT = {  # records without an answer, and what is said about them
     "an answer alone": (chat(("gpt", "A")), "1 x gpt turn out of place"),
     "nobody known": (chat(("narrator", "a"), ("critic", "A")), "1 x narrator turn out of place, 1 x critic turn out of"),
     "turns before the prompt": ({"instruction": "i", "output": "o", "history": [["p", "r"]]}, "1 x record that is not to be learnt"),
+    "a system text alone": (chat(("system", "Be brief.")), "1 x record that ends without an answer"),
+    "an answer that calls a tool": ({"messages": [{"role": "user", "content": "p"}, {
+        "role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "look"}]}]}, "1 x assistant .not to be learnt. turn"),
     **{f"a record with {mark} {value}": ({"prompt": "p", "response": "r", mark: value}, "1 x record that is not to be learnt")
        for mark, value in [("weight", 0), ("label", False), ("kto_tag", False), ("train", False), ("loss", 0.0)]},
     **{f"a turn with {mark} {value}": ({"messages": [
@@ -191,8 +194,8 @@ def test_a_turn_without_text_keeps_its_place(read):
 
 
 def test_marks_that_say_yes_leave_nothing_out(read):
-    """A weight over 0, a label that is true, an empty history; and what is marked of a user's turn is not learnt anyway."""
-    turns = [{"role": "user", "content": "p", "train": False}, {"role": "assistant", "content": "r", "weight": 1, "channel": None}]
+    """A weight over 0, a label that is true, an empty history or list of calls; and what is marked of a user's turn is not learnt anyway."""
+    turns = [{"role": "user", "content": "p", "train": False}, {"role": "assistant", "content": "r", "weight": 1, "channel": None, "tool_calls": []}]
     assert read({"messages": turns, "label": True, "history": None}) == ([("p", "r")], "")
     assert read({"instruction": "p", "output": "r", "history": []}) == ([("p", "r")], "")
 

@@ -821,6 +821,20 @@ def test_torchs_defaults_as_others_set_them_change_nothing(tmp_path, defaults):
     assert found.segments == expected.segments and expected.blocks
 
 
+def test_modes_of_torch_that_others_have_switched_on_change_nothing():
+    """Autocast; and what was made in inference mode can be used outside of it."""
+    def answer(lm):
+        found = generate(lm, "two tips", temperature=0.8, seed=3, max_new_tokens=300)
+        return found.segments
+
+    expected = answer(fond(dtype=torch.float32, seed=3))
+    lm = fond(dtype=torch.float32, seed=3)
+    with torch.inference_mode():
+        assert answer(lm) == expected
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        assert answer(lm) == expected
+
+
 def test_a_second_thread_is_refused_while_a_model_decodes():
     """Both would write into one cache. When the first is done, or has failed, the second may."""
     lm = random_lm(n_layer=1)

@@ -113,6 +113,15 @@ def test_full_disk_is_told_in_a_line_that_names_the_file(tmp_path):
     assert read_checkpoint(tmp_path)["step"] == 1
 
 
+def test_two_saves_never_write_the_same_file(tmp_path, monkeypatch):
+    """Process ids do not tell runs apart: in two containers that share a folder both may be 1."""
+    new = []
+    monkeypatch.setattr(torch, "save", lambda state, path: (new.append(path), path.touch()))
+    for _ in range(2):
+        save_checkpoint(tmp_path)
+    assert new[0] != new[1] and {path.parent for path in new} == {tmp_path}
+
+
 SAVING = """
 import sys, torch
 from model import save_checkpoint
@@ -327,7 +336,7 @@ def start_two(*argv, code=()):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [start(*argv, code=code, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+    return [start(*argv, code=code, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", TORCHELASTIC_RUN_ID="tests",
                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 
@@ -362,7 +371,8 @@ def test_signal_ends_a_run_with_code_130_and_a_whole_checkpoint(tmp_path, answer
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("env", [dict(RANK="1", WORLD_SIZE="4"), dict(WORLD_SIZE="")],
+@pytest.mark.parametrize("env", [dict(RANK="1", WORLD_SIZE="4"), dict(WORLD_SIZE=""),
+                                 dict(LOCAL_RANK="1", RANK="1", WORLD_SIZE="1")],
                          ids=str)
 def test_variables_of_a_launcher_without_torchrun_are_not_taken_for_it(tmp_path, answers, env):
     """As schedulers leave them: the run is of one process, and saves."""
