@@ -188,7 +188,7 @@ POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to s
     r"\A(?:However|Thus|Then|These|Those|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
     r"|[a-z,(] [Ss]teps? \d|\bprevious step")
 # An instruction of a chain: "Step 1: ...", "1. **Peel the apples**: ...", or without a label, "1.
-# Preheat the oven.", but not "1. Heat the oven: ...".
+# Preheat the oven.", but not "1. Heat the oven: ..." or "1. Using the train", one way of several.
 INSTRUCTION = re.compile(
     rf"\W*Step \d|[\s#*]*{NUMBER} +(?:\*\*[A-Z][a-z]+ [Tt]he "
     r"|[A-Z][a-z]+(?<![^r]ing) (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")

@@ -115,8 +115,7 @@ class LM:
 
 def load(path="out", device="cpu", dtype=None, compile=False):
     """An LM from a folder with a ckpt.pt. dtype: "float32", "bfloat16" or "float64"; None: bfloat16
-    on CUDA, else float32, which on a CPU is as fast for few tokens. BadInput without a usable
-    checkpoint."""
+    on CUDA, else float32. BadInput without a usable checkpoint."""
     check_device(device)
     state = read_checkpoint(path)
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
