@@ -33,9 +33,9 @@ from aspd import (IGNORE, MAX_BRANCHES, BadInput, Block, Branch, Tags, branch_ma
 NUMBER = r"(?:\d{1,9}|[IVX]{1,5})[.)](?!\d)"  # "3.", "12)", "IV."; not "1.5"
 LEVELS = [re.compile(pattern, re.M) for pattern in [
     # What opens a part, the outermost level first. A pattern sees a line and the line below it.
-    # "# Body" above a blank line: \Z is the end of the two lines. Right above a line of text "# x"
-    # is rather a comment in code without a fence.
-    r"#[ \t]+\S.*$\s*\Z",
+    # "# Body" above a blank line (\Z is the end of the two lines) or above "## Head". Right above
+    # any other line "# x" is rather a comment in code without a fence.
+    r"#[ \t]+\S.*$\s*(?:\Z|##)",
     *["#" * n + r"[ \t]+\S" for n in range(2, 7)],                 # "## Body", "### Body", ...
     r"\w.*\n---+[ \t\r]*$",                                       # "Body" above "----"
     r"\*\*[^*\s][^*\n]*\*\*[:：]?[ \t\r]*$",                       # "**Body**" alone on its line
@@ -108,7 +108,7 @@ def read_mark(line, below):
 
 
 def is_heading(mark):
-    """Of a line that opens a part: is it anything but a list item, of the last two levels?"""
+    """Of a line that opens a part: is it of any level but the last two, those of list items?"""
     return mark.rank[1] < len(LEVELS) - 2
 
 
@@ -188,29 +188,30 @@ POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to s
     r"\A(?:However|Thus|Then|These|Those|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
     r"|[a-z,(] [Ss]teps? \d|\bprevious step")
 # An instruction of a chain: "Step 1: ...", "1. **Peel the apples**: ...", or without a label, "1.
-# Preheat the oven.", but not "1. Heat the oven: ..." or "1. Using the train", one way of several.
+# Preheat the oven.", but not "1. Heat the oven: ..." or, one way of several, "1. Using the train";
+# "1. Bring the pot" is one.
 INSTRUCTION = re.compile(
     rf"\W*Step \d|[\s#*]*{NUMBER} +(?:\*\*[A-Z][a-z]+ [Tt]he "
     r"|[A-Z][a-z]+(?<![^r]ing) (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
 # "Pour the egg mixture into the pan."; and what is only said in such a chain, "Rinse the rice."
-LEFT = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,]"
-                  r"|(?:Preheat|Knead|Rinse|Simmer) )")
+HANDED_ON = re.compile(
+    rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,]"
+    r"|(?:Preheat|Knead|Rinse|Simmer) )")
 CHAIN = "is a chain of instructions"
+# "What You Need: ...", with a sibling that has steps, "1. ...", to use it.
+NEEDS = re.compile(r"(?i)(?:Ingredients|Materials|Supplies|Prerequisites|What You.{,9} Need)\b")
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
-RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 142", not "= 142 + 1", nor its 14
+RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 142"; of "= 142 + 1" not even 14
 NAME = r"\b(?:[a-z]+_|[a-z]{2,}[A-Z])[a-z]\w*"      # user_name, jobStart; not iPhone
 # "Week 2", "Case B"
 COUNTED = r"\b(?i:case|day|week|phase|part|section|lemma|example|method|option) (?:\d+|[A-HJ-Z]\b)"
-# "What You Need: ..." and the steps that use it, "1. ..."; () finds only that there is one.
-NEEDS = r"(?i)\A\W*(?:Ingredients|Materials|Supplies|Prerequisites|What You.{,9} Need)\b()"
 THINGS = [  # a reason to refuse; what one part brings in, and how a later one takes it up
     ("uses a value worked out in a sibling", RESULT, VALUE),
     ("uses a name of a sibling", NAME, NAME),
     ("names a sibling by its number", COUNTED, COUNTED),
-    ("uses what a sibling lists", NEEDS, r"\n[ *#]*1[.)] ()"),
 ]
 
 
@@ -254,10 +255,13 @@ def refusal(parts, titles, block, above):
     texts = [bare(part) for part in parts]
     if any(POINTS.search(text) for text in texts):
         return "points at a sibling"
+    numbered = [text for text in texts if re.search(r"\n\W{,9}1[.)] ", text)]
+    if any(map(NEEDS.match, texts)) and not all(map(NEEDS.match, numbered)):
+        return "uses what a sibling lists"
     if take_turns(texts):
         return "is a dialogue"
     instructions = [part for part in parts if INSTRUCTION.match(part)]
-    if 2 * len(instructions) >= len(parts) or any(LEFT.match(part) for part in parts):
+    if 2 * len(instructions) >= len(parts) or any(map(HANDED_ON.match, parts)):
         return CHAIN
     return taken_up(parts, titles, above)
 
@@ -285,7 +289,7 @@ def extract(text, prompt=""):
         reason = refusal(parts, titles, block, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0]))
-            # These lines open no part any more, but still end what is inside the part before. In a
+            # These lines open no part any more, but still end those inside of the part before. In a
             # chain of instructions nothing inside opens one, either: it is a chain of its own.
             closed = range(i, run[-1]) if reason == CHAIN else run[:-1]
             for line in closed:
@@ -377,10 +381,10 @@ def read_objects(path):
 
 
 def is_to_learn(fields):
-    """Of a record or a turn. No, if a flag says so, if it is in another channel than the final one
-    (reasoning, for one), or if it has MORE than its text."""
-    is_final = fields.get("channel") in (None, "final") and not any(map(fields.get, MORE))
-    return is_final and 0 not in [fields.get(flag, 1) for flag in FLAGS]
+    """Of a record or a turn. No, if a flag says so (and if a class is called "label" and is 0), if
+    it is in another channel than the final one (reasoning, for one), or has MORE than its text."""
+    is_answer = fields.get("channel") in (None, "final") and not any(map(fields.get, MORE))
+    return is_answer and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 
 
 def read_turns(record):
@@ -389,7 +393,7 @@ def read_turns(record):
         case {"prompt": prompt, "response": answer}:
             return [("user", prompt), ("assistant", answer)]
         case {"instruction": prompt, "output": answer}:
-            more = [("user", record["input"])] if record.get("input") else []
+            more = [("user", record["input"])] if str(record.get("input", "")).strip() else []
             return [("user", prompt), *more, ("assistant", answer)]
     turns = []
     for turn in record.get("conversations") or record.get("messages") or []:
@@ -402,7 +406,8 @@ def read_turns(record):
 
 def read_answers(record, left_out):
     """Yields (prompt, answer) for every answer that follows a user's turn. The prompt is what the
-    user has said since the last answer. Counts in left_out, by reason, what yields none."""
+    user has said since the last answer, without what was before that. Counts in left_out, by
+    reason, what yields none."""
     if not is_to_learn(record):
         left_out["record that is not to be learnt"] += 1
         return
@@ -453,7 +458,7 @@ def printable(text):
 
 def cli(main):
     """Runs a command line's main(). Bad input: one clear line on stderr and exit code 2. Ctrl-C,
-    SIGTERM and SIGHUP: what stands in main()'s `finally`, and exit code 130."""
+    SIGTERM and SIGHUP: what stands in main()'s `finally` is done; exit code 130."""
     if os.name == "posix":
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
@@ -583,8 +588,8 @@ def draw(kind, rng):
 def corpus(n=3600, seed=1337, split="train"):
     """-> n records {"id", "category", "prompt", "response", "facts"}; facts: sentences to mark an
     answer by. One in eight subjects of a kind (a set of animals, a sum) is in "val", and never in
-    "train". All that is about eight animals, or days, is in "train": nothing is asked in "val" that
-    was never told of an animal."""
+    "train". All that is about eight animals, or days, is in "train": so every fact that "val" asks
+    for was told there, and in the form that it asks for."""
     rng = random.Random(f"{split} {seed}")
     kinds = [*FORMS, "sums"]  # sums twice: they are the hardest to learn
     records = []

@@ -61,7 +61,7 @@ def grammar(tokenizer, vocab_size):
 def sample(logits, u, temperature, top_k, top_p):
     """One token a row: logits (N, V) -> (N,). u (N,): a random number in (0, 1] for each.
     temperature, top_p: tensors of one number, as torch.compile would compile again for every other
-    float; top_k: an int, 1 is greedy, 0 takes all tokens, unsorted, for a top_p of 1."""
+    float; top_k: an int, 1 is greedy, 0 takes all tokens, unsorted: only with a top_p of 1."""
     if top_k == 1:
         return logits.argmax(-1)
     if top_k > 0:
@@ -161,7 +161,7 @@ class Engine:
         self.left = left  # how many row tokens may still be fed, the prompt included
         self.watch = watch
         temperature, top_k, top_p = sampling
-        # To sort all tokens is slow, and so many nearly always reach top_p.
+        # To sort all tokens is slow, and 4096 nearly always reach top_p.
         top_k = top_k or (4096 if top_p < 1 else 0)
         top_k = 1 if temperature < 1e-6 else top_k
         temperature, top_p = torch.tensor(
@@ -387,8 +387,8 @@ class View:
         text = decode(plain(done if block else engine.segments)).rstrip("\ufffd")
         columns, rows = shutil.get_terminal_size()
         lines = []
-        # The cursor goes back by whole lines, within the window: so only if the text ends with a
-        # finished line. And only where there is room for a few characters.
+        # To take branch lines away, the cursor goes up by whole lines, within the window. So they
+        # are shown only below a finished line, and only where a few characters have room.
         if text[-1:] in ("", "\n") and columns > 7 and rows > 2:
             lines = [branch_line(*map(decode, branch), columns) for branch in block[:rows - 2]]
         self.write(text, lines)

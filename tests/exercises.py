@@ -119,7 +119,7 @@ Longer titles. A title token is a serial step, but a branch that does not know w
     speedup of `python data.py FILE`; then, trained anew on answers of a chat model, the held-out
     loss in later branches: `python tests/bench.py --held-out FILE --baseline base`.
 
-Another language. The patterns that read words (CONCLUSION, POINTS, INSTRUCTION, LEFT, COUNTED) know
+Another language. The patterns that read words (CONCLUSION, POINTS, INSTRUCTION, HANDED_ON) know
     English, and a little Chinese. Label the blocks of a hundred answers in yours, and write the
     patterns on one half. Judge: precision and recall on the other half.
 

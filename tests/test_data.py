@@ -179,6 +179,10 @@ def test_what_yields_no_answer_is_left_out_and_counted(read, name):
         assert f'"{field}"' in message, "it names the layouts"
 
 
+def test_an_input_that_is_blank_is_none(read):
+    assert read({"instruction": "p", "input": " ", "output": "r"}) == ([("p", "r")], "")
+
+
 def test_a_conversation_may_begin_with_an_answer(read):
     """It is left out: a third of ShareGPT's conversations are cut off in front."""
     pairs, said = read(chat(("gpt", "A"), ("human", "b"), ("gpt", "B")))

@@ -103,6 +103,12 @@ STRUCTURES = {  # answer, the first words of the branches of every block
 }
 
 
+def test_a_heading_right_above_a_deeper_one_opens_a_part():
+    """Otherwise "# Dogs" would be in the branch of "## Sleep", and all four would be siblings."""
+    answer = "".join(f"# {name}\n## Food\n- Fish, to {WALK}.\n## Sleep\n- Much of it, to {REST}.\n" for name in ("Cats", "Dogs"))
+    assert_cut(answer, ["# Cats", "# Dogs"])
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure_is_cut_where_its_parts_start(name):
     assert_cut(*STRUCTURES[name])
@@ -328,6 +334,14 @@ def test_dependent_parts_stay_serial_and_the_reason_is_given(reason, answer):
     assert blocks(answer) == [] and reason in reasons(answer)
 
 
+@pytest.mark.parametrize("number", ["", "1. "])
+def test_a_list_of_things_is_used_whatever_stands_above(number):
+    """Numbered lines of the question are no reason to let it pass, nor is a number before its name."""
+    answer = (f"## {number}Ingredients\n\n- Rice, to {WALK}.\n\n"
+              f"## {number}Cooking\n\n#### 1. Boil it\n\nThen {REST}.\n")
+    assert reasons(answer, "A recipe, please.\n1. Vegan.\n2. Quick.") == ["uses what a sibling lists"]
+
+
 def test_nothing_inside_a_chain_of_instructions_is_a_block():
     """Steps within a step go on from each other, too. Within other refused runs lists are looked into."""
     steps = f"   - Heat the oil, and {WALK}.\n   - Stir in the rest, and {REST}.\n"
@@ -350,6 +364,7 @@ ALLOWED = {  # what a branch may rely on: nearly the same answers as some that a
     "an order with a name": (f"1. Heat the oven: at first {WALK}.\n2. Mix the batter: it is best to {REST}.\n"),
     "orders without numbers": f"- Avoid the sun, and {WALK}.\n- Stir the mixture, and {REST}.\n",
     "a way to do it": (f"### 1. Using the Train\n\nFirst {WALK}.\n\n### 2. Using the Car\n\nThen {REST}.\n"),
+    "a numbered list of things": f"**Materials:**\n\n1. Paper, to {WALK}.\n\n**Colours:**\n\nIt is best to {REST}.\n",
     "two lists of things": f"### Ingredients\n\n- Flour, to {WALK}.\n\n### Equipment\n\n- A bowl, to {REST}.\n",
     "one label for all": f"1. **Need**: sleep, to {REST}.\n2. **Need**: walks, to {WALK}.\n",
     "a number of its own": f"**Week 1:** in week 1 we {WALK}.\n\n**Week 2:** in week 2 we {REST}.\n",
