@@ -126,7 +126,7 @@ def find_run(marks, first):
     paragraphs than the first one, except below a heading, where one is always allowed. The first
     item of "- Walk.\\n- Sleep.\\n\\nGood luck!" has none, so "Good luck!" is not the second one's.
     """
-    run = [first, part_end(marks, first, math.inf)]  # the first part has what it has
+    run = [first, part_end(marks, first, math.inf)]  # no limit for the first part
     at_least = 1 if is_heading(marks[first]) else 0
     most = max(len(paragraphs(marks, first, run[1])), at_least)
     while marks[run[-1]] == marks[first]:
@@ -188,11 +188,10 @@ POINTS = re.compile(  # "As a result, ..." goes on from a sibling; "go back to s
     r"\A(?:However|Thus|Then|These|Those|As a result|If (?:yes|no|so))\b|\A(?:Next|Also),"
     r"|[a-z,(] [Ss]teps? \d|\bprevious step")
 # An instruction of a chain: "Step 1: ...", "1. **Peel the apples**: ...", or without a label, "1.
-# Preheat the oven.", but not "1. Heat the oven: ..." or, one way of several, "1. Using the train";
-# "1. Bring the pot" is one.
+# Preheat the oven.", but not "1. Heat the oven: ..." or, one way of several, "1. Using the train".
 INSTRUCTION = re.compile(
     rf"\W*Step \d|[\s#*]*{NUMBER} +(?:\*\*[A-Z][a-z]+ [Tt]he "
-    r"|[A-Z][a-z]+(?<![^r]ing) (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
+    r"|(?:Bring|[A-Z][a-z]+(?<!ing)) (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
 # "Pour the egg mixture into the pan."; and what is only said in such a chain, "Rinse the rice."
 HANDED_ON = re.compile(
@@ -204,7 +203,8 @@ NEEDS = re.compile(r"(?i)(?:Ingredients|Materials|Supplies|Prerequisites|What Yo
 MIN_SAVED = 6                                       # fewer passes saved are not worth a block
 LABEL = re.compile(r"[^:：\d\n]{1,40}[:：]")          # "Ann:"
 VALUE = r"\d[\d,.]*\d"                              # two digits or more: one may be by chance
-RESULT = rf"[=≈] *\$?({VALUE})(?![\d,.]*\d)(?! *[-+*/])"  # "= 142"; of "= 142 + 1" not even 14
+# "= 142" or "= **142**"; of "= 142 + 1" neither 142 nor its 14
+RESULT = rf"[=≈][ *]*\$?({VALUE})(?![\d,.]*\d)(?! *[-+/]| \*)"
 NAME = r"\b(?:[a-z]+_|[a-z]{2,}[A-Z])[a-z]\w*"      # user_name, jobStart; not iPhone
 # "Week 2", "Case B"
 COUNTED = r"\b(?i:case|day|week|phase|part|section|lemma|example|method|option) (?:\d+|[A-HJ-Z]\b)"
@@ -255,6 +255,7 @@ def refusal(parts, titles, block, above):
     texts = [bare(part) for part in parts]
     if any(POINTS.search(text) for text in texts):
         return "points at a sibling"
+    # The steps are a sibling's that is not itself such a list.
     numbered = [text for text in texts if re.search(r"\n\W{,9}1[.)] ", text)]
     if any(map(NEEDS.match, texts)) and not all(map(NEEDS.match, numbered)):
         return "uses what a sibling lists"
@@ -289,8 +290,8 @@ def extract(text, prompt=""):
         reason = refusal(parts, titles, block, prompt + "\n" + text[:bounds[0]])
         if reason:
             refusals.append((reason, bounds[0]))
-            # These lines open no part any more, but still end those inside of the part before. In a
-            # chain of instructions nothing inside opens one, either: it is a chain of its own.
+            # These lines open no part any more, but still end those inside of the part before.
+            # Inside of a chain of instructions no line opens one, either: lists there are chains.
             closed = range(i, run[-1]) if reason == CHAIN else run[:-1]
             for line in closed:
                 marks[line] = END
@@ -381,8 +382,8 @@ def read_objects(path):
 
 
 def is_to_learn(fields):
-    """Of a record or a turn. No, if a flag says so (and if a class is called "label" and is 0), if
-    it is in another channel than the final one (reasoning, for one), or has MORE than its text."""
+    """Of a record or a turn. No, if a flag says so (a class that is called "label" passes for one),
+    if it is in another channel than the final one (reasoning, for one), or has MORE than text."""
     is_answer = fields.get("channel") in (None, "final") and not any(map(fields.get, MORE))
     return is_answer and 0 not in [fields.get(flag, 1) for flag in FLAGS]
 

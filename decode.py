@@ -66,8 +66,8 @@ def sample(logits, u, temperature, top_k, top_p):
         return logits.argmax(-1)
     if top_k > 0:
         logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the best first
-    # In float64, for a GPU adds in parallel: by its rounding the cdf below could grow over tokens
-    # whose p is 0, and one of these be drawn.
+    # In float64, for on a GPU each sum of the cdf below is rounded in its own order: in float32 it
+    # could grow over tokens whose p is 0, and one of these be drawn.
     p = (logits.to(torch.float64) / temperature).softmax(-1)
     # The fewest tokens that together reach top_p. For 0.7 and p = 0.6, 0.3, 0.1 the sums before
     # each are 0, 0.6, 0.9: the third goes. For 0 all go, and the first, the best, will be chosen.
@@ -422,7 +422,7 @@ def main():
     add("--mode", choices=MODES, help="none: adaptive if the model has learnt to branch")
     add("--max-new-tokens", type=int, default=512, help="after the prompt; tags and titles count")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=200, help="sample from the k best tokens; 0: from all")
+    add("--top-k", type=int, default=200, help="sample from the k best; 0: from all, or 4096")
     add("--top-p", type=float, default=1.0, help="and of these from the best that reach p")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1, ...")

@@ -68,9 +68,9 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """Grouped-query attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
 
-    The nh/nkv neighbouring heads that share keys become rows of one matrix, so that every key is
-    read once. mask: 0 where seen, else -inf, repeated for these heads by GPT.forward:
-    (nh/nkv * T, S) or (B, 1, nh/nkv * T, S)."""
+    The nh/nkv neighbouring heads that share keys become rows of one matrix, T of the first, then T
+    of the next, so that every key is read once. mask: 0 where seen, else -inf, repeated for these
+    heads by GPT.forward: (nh/nkv * T, S) or (B, 1, nh/nkv * T, S)."""
     rows = q.reshape(*k.shape[:2], -1, k.size(-1))  # (B, nkv, nh/nkv * T, hs)
     if q.size(2) > MAX_BRANCHES:
         # More than a token of each branch: a batch to train on, a prompt, prefixes. torch's kernel

@@ -320,6 +320,8 @@ REFUSED = {  # reason: answers
     "uses a value worked out in a sibling": [
         f"1. Area: the room is 4 m by 6 m, which gives = 24 square metres, {WALK}.\n"
         f"2. Paint: 24 square metres need three tins, {REST}.\n",
+        f"1. Area: the room has 4 * 6 = **24** square metres, {WALK}.\n2. Paint: 24 square metres, and {REST}.\n",
+        f"1. Area: the room has **4 * 6 = 24** square metres, {WALK}.\n2. Paint: 24 square metres, and {REST}.\n",
         f"1. Shirts: two at 15 each are 2 * 15 = 30, {WALK}.\n2. In all: with shoes 30 + 40 = 70, {REST}.\n"],
     "uses a name of a sibling": [
         f"1. Start: keep it as jobStart, and {WALK}.\n2. End: subtract jobStart, and {REST}.\n",
