@@ -62,7 +62,8 @@ CONCLUSION = re.compile(
     # These only where the title ends: "Steps:", "Steps to Sew It:", not "Steps of the temple:".
     r"|(?:(?:Step-by-Step )?Instructions|Directions|Method|Procedure|Steps(?: to .{,60})?"
     r"|(?:What|How) to (?:Do|Make)(?: It)?|Explanation|Solution|Comparison|Total|Output|Answer"
-    r"|Results?|(?:Final|Revised|Corrected)(?: \w+)?)[ \t\r]*[:*\n(]")
+    r"|Results?|Critique|Pass [2-9]"
+    r"|(?:Final|Revised|Corrected|Edited|Shortened|Refactored)(?: \w+)?)[ \t\r]*[:*\n(]")
 
 
 class Mark(NamedTuple):

@@ -140,7 +140,8 @@ def test_what_goes_on_after_the_last_part_is_serial(name):
 @pytest.mark.parametrize("things, steps", [
     ("Ingredients", "Instructions"), ("Materials", "Procedure"), ("What You Need", "What to Do"),
     ("Ingredients", "Method"), ("Equipment", "Steps"), ("Original", "Corrected version"), ("Draft", "Final"),
-    ("What You Will Need", "How to Make It"), ("Question", "Answer")])
+    ("What You Will Need", "How to Make It"), ("Question", "Answer"),
+    ("Draft", "Critique"), ("Pass 1", "Pass 2"), ("Original", "Shortened"), ("Your Code", "Refactored Code")])
 def test_what_works_on_its_sibling_is_no_sibling(things, steps):
     """Steps use the list of things above them, and each state of a text the one before."""
     for answer in (f"### {things}\n\n{WALK}.\n\n### {steps}\n\n{REST}.\n",
