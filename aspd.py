@@ -234,4 +234,5 @@ def naming(where):
 
 
 if __name__ == "__main__":
-    main()
+    from data import cli  # which itself imports this file, so not above
+    cli(main)

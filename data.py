@@ -195,9 +195,8 @@ INSTRUCTION = re.compile(
     r"|(?:Bring|[A-Z][a-z]+(?<!ing)) (?:(?:in|to|up) )*(?:the|an?|your) (?![^.\n]*: ))")
 # A numbered part that leaves a thing to the next one or takes it from the last: "Set it aside.",
 # "Pour the egg mixture into the pan."; and what is only said in such a chain, "Rinse the rice."
-HANDED_ON = re.compile(
-    rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside[.,]"
-    r"|(?:Preheat|Knead|Rinse|Simmer) )")
+HANDED_ON = re.compile(rf"\W*{NUMBER}[\s\S]*\b(?:[Tt]he (?:\w+ )?mixture\b|[Ss]et (?:\w+ )?aside"
+                       r"[.,]|(?:Preheat|Knead|Rinse|Simmer) )")
 CHAIN = "is a chain of instructions"
 # "What You Need: ...", with a sibling that has steps, "1. ...", to use it.
 NEEDS = re.compile(r"(?i)(?:Ingredients|Materials|Supplies|Prerequisites|What You.{,9} Need)\b")

@@ -160,6 +160,14 @@ def test_answers_are_not_lost_behind_a_pipe_that_ends(files, tmp_path):
     assert len(json.loads(out.read_text())["results"]) == 1
 
 
+def test_the_picture_of_aspd_py_may_be_cut_by_a_pipe():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / "aspd.py"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_with_the_file(files, tmp_path, monkeypatch, capsys):
     argv, out = decode_three(files, tmp_path)
