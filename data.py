@@ -255,9 +255,8 @@ def refusal(parts, titles, block, above):
     texts = [bare(part) for part in parts]
     if any(POINTS.search(text) for text in texts):
         return "points at a sibling"
-    # The steps are a sibling's that is not itself such a list.
-    numbered = [text for text in texts if re.search(r"\n\W{,9}1[.)] ", text)]
-    if any(map(NEEDS.match, texts)) and not all(map(NEEDS.match, numbered)):
+    others = [text for text in texts if not NEEDS.match(text)]  # siblings of a list of things
+    if len(others) < len(texts) and any(re.search(r"\n\W{,9}1[.)] ", text) for text in others):
         return "uses what a sibling lists"
     if take_turns(texts):
         return "is a dialogue"
